@@ -1,0 +1,112 @@
+"""Settings: frozen pydantic dataclasses <- YAML file <- dotted ``key=value`` overrides.
+
+Shared by pipeline and train. Unknown keys are errors that name the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+Settings = TypeVar("Settings")
+
+# For `@dataclass(frozen=True, kw_only=True, config=STRICT)` of pydantic.dataclasses.
+STRICT = ConfigDict(extra="forbid", str_strip_whitespace=True)
+
+
+class ConfigError(Exception):
+    """A setting, an argument or an input the user gave can't be used."""
+
+
+def load(cls: type[Settings], path: Path | None, overrides: list[str]) -> Settings:
+    """Read settings from a YAML file, apply overrides and validate once.
+
+    Args:
+        cls: the root dataclass; every field has a default.
+        path: YAML file with differences from the defaults, or None.
+        overrides: ``section.key=value`` strings; the value is read as YAML.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest known), wrong value.
+    """
+    values: dict[str, Any] = read_yaml(path) if path else {}
+    for text in overrides:
+        set_dotted(values, text)
+    return build(cls, values, str(path) if path else "the command line")
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ConfigError: no such file, no YAML, or no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise ConfigError(f"settings file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"settings file {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"settings file {path} holds a {type(values).__name__}, not a mapping")
+    return values
+
+
+def set_dotted(values: dict[str, Any], text: str) -> None:
+    """Apply one ``section.key=value`` to nested ``values`` in place."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"argument {text!r}: expected key=value, such as data.root=shards/")
+    *sections, last = name.lstrip("-").split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"argument {text!r}: {section!r} is already set to {inner!r}")
+        values = inner
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        values[last] = value
+
+
+def build(cls: type[Settings], values: dict[str, Any], origin: str) -> Settings:
+    """Validate ``values`` into ``cls``.
+
+    Raises:
+        ConfigError: one line per wrong key, with its dotted name.
+    """
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            name = ".".join(str(part) for part in item["loc"])
+            if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+                lines.append(f"unknown setting {name!r}{nearest(cls, item['loc'])}")
+            else:
+                lines.append(f"setting {name!r}: {item['msg']}, got {item['input']!r}")
+        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+
+
+def nearest(cls: type, location: tuple[Any, ...]) -> str:
+    """Return "; did you mean …?" for an unknown key, or the known keys of its section."""
+    section: Any = cls
+    for part in location[:-1]:
+        inner = typing.get_type_hints(section).get(str(part)) if section else None
+        section = inner if dataclasses.is_dataclass(inner) else None
+    known = [field.name for field in dataclasses.fields(section)] if section else []
+    close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {'.'.join([*map(str, location[:-1]), close[0]])!r}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def dump(settings: Any) -> str:
+    """Return settings as YAML text that ``load`` reads back."""
+    return yaml.safe_dump(TypeAdapter(type(settings)).dump_python(settings, mode="json"))
