@@ -1,0 +1,1 @@
+"""Raw clips to latent columns: plan, decode, encode, write. Never imports train."""

@@ -1,0 +1,1 @@
+"""Frozen encoder/decoder pairs behind one protocol."""

@@ -1,0 +1,1 @@
+"""View, epoch order and loader over latent columns."""

@@ -1,0 +1,1 @@
+"""The diffusion transformer: tokens, rotary positions, layers."""

@@ -1,0 +1,1 @@
+"""What the model learns: tasks as data, rectified flow, sampling."""
