@@ -1,1 +1,4 @@
-"""Latent columns to a trained model. Imports pipeline.format and pipeline.settings; train.sample also decodes."""
+"""Latent columns to a trained model.
+
+Imports pipeline.format and pipeline.settings only; train.sample also decodes.
+"""
