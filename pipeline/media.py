@@ -1,0 +1,89 @@
+"""Value types between the stages: a clip of the plan, what a source declares, what was decoded.
+
+Numpy and the standard library only. Second 0 of a clip is the same instant in both modalities.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+class ClipError(Exception):
+    """A clip, or one modality of it, can't be encoded, for a reason that has a status.
+
+    Attributes:
+        status: one of ``pipeline.format.STATUSES``.
+        message: what was found and what was expected.
+    """
+
+    def __init__(self, status: str, message: str) -> None:
+        super().__init__(status, message)
+        self.status = status
+        self.message = message
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of the plan.
+
+    Attributes:
+        key: unique name, ``[A-Za-z0-9_-]+``.
+        uri: path of the media file relative to the source's root.
+        start_s: second of the file at which the clip starts, from its first video frame.
+        duration_s: the clip ends here at the latest; files that end earlier give less.
+        caption: text, "" where there is none.
+        label: class name, "" where there is none.
+        split: "train", "test" or another name.
+    """
+
+    key: str
+    uri: str
+    start_s: float
+    duration_s: float
+    caption: str = ""
+    label: str = ""
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What a decoder makes of a clip; a part of the fingerprint of the columns it feeds.
+
+    Attributes:
+        fps: frame k is the one being presented at second k / fps.
+        size: frames are size x size pixels: short side resized, centre cropped.
+        sample_rate: PCM rate in Hz.
+        channels: 1 averages all channels; 2 keeps stereo and doubles mono.
+        min_seconds: less than this of a clip is ``too_short``.
+    """
+
+    fps: float
+    size: int
+    sample_rate: int
+    channels: int
+    min_seconds: float
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoder found in one clip.
+
+    Attributes:
+        frames: uint8 [T, size, size, 3] RGB, or None (not asked for, or a problem).
+        sound: float32 [channels, N] in about [-1, 1], or None.
+        problems: modality -> (status, message) for what can't be encoded.
+        facts: what was measured on the way, see ``pipeline.checks``.
+    """
+
+    frames: np.ndarray | None
+    sound: np.ndarray | None
+    problems: dict[str, tuple[str, str]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of frames and sound."""
+        return sum(array.nbytes for array in (self.frames, self.sound) if array is not None)
