@@ -1,0 +1,292 @@
+"""Properties of the column writer: deterministic bytes, all-or-nothing commits, plain tars."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
+
+from pipeline.format import OK, STATUS_CODE, Column, FormatError, keys_hash
+from pipeline.shards import NoRoomError, ShardWriter, create_column, read_row
+from tests.train.columns import Dataset
+
+CRASH_EVENTS = {"open", "os.rename", "os.link", "os.remove"}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(tmp_path / "shards", failed={2: "no_video", 5: "decode_timeout"})
+
+
+@pytest.fixture
+def column(dataset: Dataset) -> Column:
+    return create_column(dataset.root, dataset.spec("video"), dataset.plan.plan_id)
+
+
+def names(column: Column) -> set[str]:
+    return {path.name for path in column.path.iterdir()}
+
+
+def test_same_rows_write_the_same_bytes(dataset: Dataset, tmp_path: Path) -> None:
+    other = Dataset(tmp_path / "other", failed=dataset.failed)
+    for built, attempt in ((dataset, "one"), (other, "two")):
+        column = create_column(built.root, built.spec("video"), built.plan.plan_id)
+        built.write_shard(column, 0, attempt)
+    for name in ("000000.tar", "000000.idx.npy", "column.json"):
+        first, second = (next(root.glob(f"*/{name}")) for root in (dataset.root, other.root))
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_members_are_ustar_without_owner_or_time_and_hold_what_np_save_writes(
+    dataset: Dataset, column: Column
+) -> None:
+    dataset.write_shard(column, 0)
+    path = column.path / "000000.tar"
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+        for member in members:
+            owner = (member.uid, member.gid, member.uname, member.gname)
+            assert owner == (0, 0, "", "") and (member.mtime, member.mode) == (0, 0o644)
+        clips = [clip for clip in range(8) if clip not in dataset.failed]
+        assert [member.name for member in members] == [
+            f"{dataset.key(clip)}.video.npy" for clip in clips
+        ]
+        expected = io.BytesIO()
+        np.save(expected, dataset.video(0))
+        file = tar.extractfile(members[0])
+        assert file is not None and file.read() == expected.getvalue()
+    assert path.read_bytes()[257:265] == b"ustar\x0000"
+    assert path.stat().st_size % tarfile.RECORDSIZE == 0
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 8])
+def test_standard_tarfile_writes_the_same_archive(
+    dataset: Dataset, column: Column, num_rows: int
+) -> None:
+    expected = io.BytesIO()
+    with (
+        tarfile.open(fileobj=expected, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ShardWriter(column, 0, "a") as writer,
+    ):
+        for clip in range(num_rows):
+            writer.add(dataset.key(clip), dataset.video(clip))
+            buffer = io.BytesIO()
+            np.save(buffer, dataset.video(clip))
+            member = tarfile.TarInfo(f"{dataset.key(clip)}.video.npy")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+        assert writer.commit()
+    assert (column.path / "000000.tar").read_bytes() == expected.getvalue()
+
+
+def test_plain_webdataset_reads_the_same_arrays(dataset: Dataset, column: Column) -> None:
+    dataset.write_shard(column, 0)
+    samples = list(WebDataset(str(column.path / "000000.tar"), shardshuffle=False).decode())
+    clips = [clip for clip in range(8) if clip not in dataset.failed]
+    assert [sample["__key__"] for sample in samples] == [dataset.key(clip) for clip in clips]
+    for sample, clip in zip(samples, clips, strict=True):
+        np.testing.assert_array_equal(sample["video.npy"], dataset.video(clip))
+
+
+def test_tombstones_keep_their_row_and_status(dataset: Dataset, column: Column) -> None:
+    dataset.write_shard(column, 0)
+    index = column.index(0, 8)
+    assert index["status"][2] == STATUS_CODE["no_video"] and index["nbytes"][2] == 0
+    for row in range(8):
+        array = read_row(column, 0, row, 8)
+        if row in dataset.failed:
+            assert array is None
+        else:
+            np.testing.assert_array_equal(array, dataset.video(row))
+
+
+def test_record_states_what_the_files_hold(dataset: Dataset, column: Column) -> None:
+    dataset.write_shard(column, 0)
+    record = column.commit(0)
+    assert record is not None
+    assert (record["rows"], record["ok"], record["shard"]) == (8, 6, 0)
+    assert record["status_counts"] == {"ok": 6, "no_video": 1, "decode_timeout": 1}
+    assert record["keys_hash"] == keys_hash(dataset.key(clip) for clip in range(8))
+    assert record["wall_s"] == 0.5
+    for name in ("tar", "index"):
+        data = (column.path / record[name]).read_bytes()
+        assert google_crc32c.value(data) == record[f"{name}_crc32c"]
+    assert record["tar_bytes"] == (column.path / record["tar"]).stat().st_size
+
+
+def test_statistics_are_those_of_all_values(dataset: Dataset, column: Column) -> None:
+    dataset.write_shard(column, 0)
+    dataset.write_shard(column, 1)
+    clips = [clip for clip in range(16) if clip not in dataset.failed]
+    values = np.concatenate([dataset.video(clip) for clip in clips]).astype(np.float64)
+    found = column.statistics()
+    np.testing.assert_allclose(found["mean"], values.mean(axis=(0, 2, 3)), atol=1e-9)
+    np.testing.assert_allclose(found["std"], values.std(axis=(0, 2, 3)), rtol=1e-9)
+
+
+def test_column_json_is_left_alone_when_it_is_the_same(dataset: Dataset, column: Column) -> None:
+    path = column.path / "column.json"
+    os.utime(path, ns=(1, 1))
+    create_column(dataset.root, dataset.spec("video"), dataset.plan.plan_id)
+    assert path.stat().st_mtime_ns == 1
+
+
+def test_edited_column_json_is_refused(dataset: Dataset, column: Column) -> None:
+    path = column.path / "column.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rate_hz": 5.0}))
+    with pytest.raises(FormatError, match="hashes to"):
+        create_column(dataset.root, dataset.spec("video"), dataset.plan.plan_id)
+
+
+def test_exception_inside_the_block_leaves_nothing(dataset: Dataset, column: Column) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(column, 0, "a") as writer:
+        writer.add(dataset.key(0), dataset.video(0))
+        raise RuntimeError("decoder gone")
+    assert names(column) == {"column.json"}
+
+
+@pytest.mark.parametrize(
+    ("array", "status"),
+    [
+        (np.zeros((2, 2, 3, 3), np.float32), OK),
+        (np.zeros((2, 3, 3), np.float16), OK),
+        (np.zeros((3, 3, 2, 2), np.float16).T, OK),
+        (np.zeros((0, 2, 3, 3), np.float16), OK),
+        (np.zeros((2, 2, 3, 3), np.float16), STATUS_CODE["missing"]),
+        (None, OK),
+    ],
+    ids=["dtype", "axes", "order", "empty", "failed with array", "ok without array"],
+)
+def test_row_that_breaks_the_contract_is_refused(
+    column: Column, array: np.ndarray | None, status: int
+) -> None:
+    with ShardWriter(column, 0, "a") as writer, pytest.raises(FormatError, match="row clip"):
+        writer.add("clip", array, status)
+
+
+def test_second_writer_is_told_that_it_lost(dataset: Dataset, column: Column) -> None:
+    assert dataset.write_shard(column, 0, "one")
+    before = (column.path / "000000.json").read_bytes()
+    assert not dataset.write_shard(column, 0, "two")
+    assert (column.path / "000000.json").read_bytes() == before
+    assert names(column) == {"column.json", "000000.tar", "000000.idx.npy", "000000.json"}
+
+
+def test_writer_overtaken_while_writing_ends_quietly(dataset: Dataset, column: Column) -> None:
+    with ShardWriter(column, 0, "slow") as writer:
+        writer.add(dataset.key(0), dataset.video(0))
+        assert dataset.write_shard(column, 0, "fast")
+        (column.path / "000000.json").rename(column.path / "kept")  # as a retry would
+        writer.add(dataset.key(1), dataset.video(1))
+        assert not writer.commit()
+    assert names(column) == {"column.json", "000000.tar", "000000.idx.npy", "kept"}
+
+
+def test_racing_writers_commit_once(dataset: Dataset, column: Column) -> None:
+    barrier, won = threading.Barrier(4), []
+
+    def write(attempt: str) -> None:
+        with ShardWriter(column, 0, attempt) as writer:
+            for row in dataset.rows("video", 0):
+                writer.add(*row)
+            barrier.wait()
+            if writer.commit():
+                won.append(attempt)
+
+    threads = [threading.Thread(target=write, args=(f"a{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    record = column.commit(0)
+    assert record is not None and won == [record["attempt"]]
+    assert names(column) == {"column.json", "000000.tar", "000000.idx.npy", "000000.json"}
+
+
+def crash_while_committing(dataset: Dataset, column: Column, step: int) -> bool:
+    """Commit in a child that dies right before file operation ``step``; True when it finished."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    steps = 0
+
+    def die(event: str, arguments: tuple) -> None:
+        nonlocal steps
+        if event in CRASH_EVENTS and str(column.path) in str(arguments):
+            steps += 1
+            if steps > step:
+                os._exit(9)
+
+    try:
+        with ShardWriter(column, 0, f"step{step}") as writer:
+            for row in dataset.rows("video", 0):
+                writer.add(*row)
+            sys.addaudithook(die)
+            writer.commit()
+            os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_crash_at_any_step_leaves_nothing_or_the_whole_shard(
+    dataset: Dataset, column: Column
+) -> None:
+    finished, step, before, after = False, 0, 0, 0
+    while not finished:
+        finished = crash_while_committing(dataset, column, step)
+        if column.commit(0) is None:
+            before += 1
+        else:
+            after += 1
+            np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7))
+            (column.path / "000000.json").unlink()
+        step += 1
+        assert step < 30
+    assert before >= 4 and after >= 2
+    assert dataset.write_shard(column, 0, "last")
+    assert names(column) == {"column.json", "000000.tar", "000000.idx.npy", "000000.json"}
+
+
+def test_full_disk_is_named_and_leaves_nothing(dataset: Dataset, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(small)]
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"can't mount a small tmpfs here: {mounted.stderr.strip()}")
+    try:
+        column = create_column(small, dataset.spec("video"), dataset.plan.plan_id)
+        with (
+            pytest.raises(NoRoomError, match=r"000000.*bytes free"),
+            ShardWriter(column, 0, "a") as writer,
+        ):
+            for number in range(200):
+                writer.add(f"clip{number}", dataset.video(0))
+            writer.commit()
+        assert names(column) == {"column.json"}
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_changed_payload_is_found_by_read_row(
+    dataset: Dataset, column: Column, damage: str
+) -> None:
+    dataset.write_shard(column, 0)
+    path, offset = column.path / "000000.tar", int(column.index(0, 8)["offset"][7])
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data if damage == "flip" else data[: offset + 10])
+    with pytest.raises(FormatError, match="row 7"):
+        read_row(column, 0, 7, 8)
