@@ -1,0 +1,259 @@
+"""The Ray side of encoding. Nothing else imports Ray.
+
+A cell is one placement group: an encoder actor and, beside it on the same node, its decoder
+actors. The driver hands whole shards to the cell and knows nothing smaller; frames go from
+decoder to encoder through the node's shared memory and never further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from pipeline.encoder import Job, ShardEncoder, ShardTask, ShardUpdate
+from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
+from pipeline.shards import NoRoomError
+
+START_TIMEOUT_S = 120.0
+HEARTBEAT_S = 5.0
+# A clip whose decoder died or hung this often is quarantined.
+MAX_CLIP_ATTEMPTS = 2
+MAX_SHARD_ATTEMPTS = 3
+
+
+class CellError(Exception):
+    """The cell can't be kept alive."""
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class DecoderActor:
+    """One process that decodes one clip at a time; killed from outside when it hangs."""
+
+    def decode(self, root: str, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
+        """Decode one clip; whatever is wrong with it is in the result."""
+        from pipeline.decode import decode_clip
+
+        try:
+            return decode_clip(Path(root) / clip.uri, clip, settings, wanted)
+        except ClipError as error:
+            problem = (error.status, error.message)
+            return Decoded(None, None, {"video": problem, "audio": problem})
+
+
+@dataclass
+class _Lane:
+    """A decoder and the clips queued on it, oldest first; its deadline is the oldest's."""
+
+    actor: Any
+    queue: deque[tuple[int, Any]]
+    head_since: float = 0.0
+
+
+class DecoderPool:
+    """Decodes the clips of a shard on several actors, in any order, surviving their deaths.
+
+    Clips are queued ahead on the actors so that these never wait for the encoder. The actor
+    works through its queue in order: the oldest clip is the one to blame for a death.
+    """
+
+    def __init__(self, job: Job, group: PlacementGroup, num_decoders: int) -> None:
+        self._job, self._group = job, group
+        self._depth = -(-job.window_clips // num_decoders)
+        self._lanes = [_Lane(self._start(i), deque()) for i in range(num_decoders)]
+
+    def _start(self, number: int) -> Any:
+        strategy = PlacementGroupSchedulingStrategy(
+            self._group, placement_group_bundle_index=1 + number
+        )
+        return DecoderActor.options(scheduling_strategy=strategy).remote()
+
+    def decode(
+        self, clips: list[Clip], rows: list[int], wanted: set[str]
+    ) -> Iterator[tuple[int, Decoded] | None]:
+        """Yield (row, decoded) as they come; None every few seconds in which none came.
+
+        No clip is decoded that is ``window_clips`` rows or more beyond the oldest one missing, so
+        that a caller who needs them in order holds no more than the window.
+        """
+        waiting, failures = deque(rows), dict[int, int]()
+        while waiting or any(lane.queue for lane in self._lanes):
+            self._fill(waiting, clips, wanted)
+            pending = [ref for lane in self._lanes for _, ref in lane.queue]
+            ready, _ = ray.wait(pending, timeout=min(HEARTBEAT_S, self._job.decode_timeout_s / 4))
+            came = False
+            for number, lane in enumerate(self._lanes):
+                for row, decoded in self._collect(number, lane, set(ready), waiting, failures):
+                    came = True
+                    yield row, decoded
+            if not came:
+                yield None
+
+    def _fill(self, waiting: deque[int], clips: list[Clip], wanted: set[str]) -> None:
+        """Queue clips ahead, never further than the window beyond the oldest one not decoded."""
+        queued = [row for lane in self._lanes for row, _ in lane.queue]
+        end = min([*queued, *waiting], default=0) + self._job.window_clips
+        while waiting and waiting[0] < end:
+            lane = min(self._lanes, key=lambda lane: len(lane.queue))
+            if len(lane.queue) >= self._depth:
+                return
+            row = waiting.popleft()
+            if not lane.queue:
+                lane.head_since = time.monotonic()
+            arguments = (self._job.source_root, clips[row], self._job.decode, wanted)
+            lane.queue.append((row, lane.actor.decode.remote(*arguments)))
+
+    def _collect(
+        self,
+        number: int,
+        lane: _Lane,
+        ready: set[Any],
+        waiting: deque[int],
+        failures: dict[int, int],
+    ) -> Iterator[tuple[int, Decoded]]:
+        while lane.queue and lane.queue[0][1] in ready:
+            row, ref = lane.queue[0]
+            try:
+                decoded = ray.get(ref, timeout=START_TIMEOUT_S)
+            except RayTaskError as error:  # a bug in the decoder, not a lost process
+                decoded = _failed("decode_crash", f"the decoder raised {error.cause!r}")
+            except RayError as error:
+                status = ("decode_crash", f"its decoder died ({type(error).__name__})")
+                yield from self._replace(number, lane, status, waiting, failures)
+                return
+            lane.queue.popleft()
+            lane.head_since = time.monotonic()
+            yield row, decoded
+        overdue_s = time.monotonic() - lane.head_since - self._job.decode_timeout_s
+        if lane.queue and overdue_s > 0:
+            ray.kill(lane.actor)
+            status = ("decode_timeout", f"not decoded in {self._job.decode_timeout_s:g} s")
+            yield from self._replace(number, lane, status, waiting, failures)
+
+    def _replace(
+        self,
+        number: int,
+        lane: _Lane,
+        status: tuple[str, str],
+        waiting: deque[int],
+        failures: dict[int, int],
+    ) -> Iterator[tuple[int, Decoded]]:
+        """Start a new decoder; blame the oldest clip, queue the others again."""
+        rows = [row for row, _ in lane.queue]
+        lane.actor, lane.queue = self._start(number), deque()
+        failures[rows[0]] = failures.get(rows[0], 0) + 1
+        if failures[rows[0]] >= MAX_CLIP_ATTEMPTS:
+            yield rows.pop(0), _failed(status[0], f"{status[1]}, {MAX_CLIP_ATTEMPTS} times")
+        waiting.extendleft(reversed(rows))
+
+
+def _failed(status: str, message: str) -> Decoded:
+    return Decoded(None, None, {"video": (status, message), "audio": (status, message)})
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class EncoderActor:
+    """The head of a cell: encodes a shard at a time and owns the decoders beside it."""
+
+    def __init__(self, job: Job, group: PlacementGroup, num_decoders: int) -> None:
+        self._encoder = ShardEncoder(job)
+        self._pool = DecoderPool(job, group, num_decoders)
+
+    def encode(self, task: ShardTask) -> Iterator[ShardUpdate]:
+        """Encode and commit one shard, telling the driver about every clip."""
+        yield from self._encoder.encode(task, self._pool.decode)
+
+
+class Cell:
+    """The driver's handle on one cell; a lost cell is started again."""
+
+    def __init__(self, job: Job, num_decoders: int) -> None:
+        self._job, self._num_decoders = job, num_decoders
+        self._start()
+
+    def _start(self) -> None:
+        self._group = placement_group([{"CPU": 1}] * (1 + self._num_decoders), "STRICT_PACK")
+        if not self._group.wait(START_TIMEOUT_S):
+            raise CellError(
+                f"Ray has no node with {1 + self._num_decoders} free CPUs after "
+                f"{START_TIMEOUT_S:g} s; lower `decoders`, or free the cluster"
+            )
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0)
+        self._actor = EncoderActor.options(scheduling_strategy=strategy).remote(
+            self._job, self._group, self._num_decoders
+        )
+
+    def close(self) -> None:
+        """End the cell's processes."""
+        with contextlib.suppress(RayError, ValueError):
+            ray.kill(self._actor)
+            remove_placement_group(self._group)
+
+    def encode(self, task: ShardTask) -> Iterator[ShardUpdate]:
+        """Encode one shard; a lost cell starts it again, at most three times.
+
+        Raises:
+            CellError: the cell was lost three times over this shard.
+            NoRoomError: the disk is full.
+        """
+        for attempt in range(1, MAX_SHARD_ATTEMPTS + 1):
+            try:
+                yield ShardUpdate("started", task.shard)
+                yield from self._updates(replace(task, attempt=attempt))
+                return
+            except (RayActorError, GetTimeoutError) as error:
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                self.close()
+                if attempt == MAX_SHARD_ATTEMPTS:
+                    raise CellError(
+                        f"shard {task.shard} lost its encoder {attempt} times, last by {reason}; "
+                        "committed shards are safe: mend the node and run the same command again"
+                    ) from None
+                self._start()
+
+    def _updates(self, task: ShardTask) -> Iterator[ShardUpdate]:
+        stream = self._actor.encode.options(num_returns="streaming").remote(task)
+        # The encoder reports at least every few seconds while it waits for decoders, so a longer
+        # silence than two decode deadlines means that it is lost or stuck itself.
+        silence_s = START_TIMEOUT_S + 2 * self._job.decode_timeout_s
+        while True:
+            ready, _ = ray.wait([stream], timeout=silence_s)
+            if not ready:
+                raise GetTimeoutError(f"no sign of the encoder for {silence_s:g} s")
+            try:
+                ref = next(stream)
+            except StopIteration:
+                return
+            try:
+                yield ray.get(ref, timeout=START_TIMEOUT_S)
+            except RayTaskError as error:
+                if isinstance(error.cause, NoRoomError):
+                    raise error.cause from None
+                raise
+
+
+@contextlib.contextmanager
+def local_cluster(num_cpus: int, object_store_bytes: int) -> Iterator[None]:
+    """Start Ray on this machine for the length of a block, on loopback and without dashboard."""
+    ray.init(
+        num_cpus=num_cpus,
+        object_store_memory=object_store_bytes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,248 @@
+"""``python -m pipeline.encode --src CLIPS --out shards/``: clips in, latent columns out.
+
+Run the same command again to go on after any kind of stop: shards that are committed are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline import format as fmt
+from pipeline.config import EncodeConfig, column_specs, decode_settings
+from pipeline.encoder import Job, ShardTask, caption_key
+from pipeline.plan import ensure_plan, read_captions, read_clips
+from pipeline.report import RunReport, column_totals, print_table
+from pipeline.settings import ConfigError, dump, load
+from pipeline.shards import NoRoomError, create_column
+from pipeline.sources import open_source
+
+# Too many failures end the run before the last shard only once this many clips were tried.
+MIN_CLIPS_FOR_STOP = 1000
+
+
+def main() -> None:
+    """Parse the command line, encode, and turn expected errors into one line and exit 1."""
+    arguments, config = parse(sys.argv[1:])
+    try:
+        failure = encode(Path(arguments.src), Path(arguments.out), config)
+    except KeyboardInterrupt:
+        sys.exit(f"\nstopped; committed shards are safe. Go on with: {command_line()}")
+    except (ConfigError, fmt.FormatError, NoRoomError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        sys.exit(f"error:{where}: {error.strerror or error}")
+    if failure:
+        sys.exit(f"error: {failure}")
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
+    """Read the command line into arguments and validated settings."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.encode",
+        description="Encode clips once into latent columns. The same command again resumes.",
+        epilog="Settings: video.size=128 audio.codec.channels=16 shard_size=64 …; all of them, "
+        "with defaults: configs/encode/default.yaml.",
+    )
+    parser.add_argument("--src", required=True, help="folder of media, or VGGSound csv or folder")
+    parser.add_argument("--out", required=True, help="data set folder, made if absent")
+    parser.add_argument("--config", type=Path, help="YAML file with settings")
+    parser.add_argument("--columns", help="of video,audio,text (default: all)")
+    parser.add_argument("--media", help="VGGSound csv: folder of the media (default: beside it)")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, dotted names")
+    arguments = parser.parse_args(argv)
+    overrides = list(arguments.settings)
+    if arguments.columns is not None:
+        overrides.append(f"columns=[{arguments.columns}]")
+    if arguments.media is not None:
+        overrides.append(f"media={arguments.media}")
+    try:
+        return arguments, load(EncodeConfig, arguments.config, overrides)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def encode(src: Path, out: Path, config: EncodeConfig) -> str | None:
+    """Encode what of the plan is not committed yet.
+
+    Returns:
+        None, or why the run counts as failed although it ended.
+
+    Raises:
+        ConfigError: the source or the settings can't be used.
+        FormatError: ``out`` is damaged.
+        NoRoomError: the disk is full; committed shards are safe.
+    """
+    source = open_source(src, config)
+    plan = ensure_plan(out, source, config)
+    specs = column_specs(config)
+    columns = {m: create_column(out, spec, plan.plan_id) for m, spec in specs.items()}
+    if "text" in columns:
+        write_captions(columns["text"], read_captions(out))
+    work = list(open_tasks(plan, columns))
+    num_clips = sum(rows for _, modalities, rows in work if modalities != ("text",))
+    print(
+        f"{plan.num_clips} clips of {source.root} ({source.num_skipped} other files skipped), "
+        f"plan {plan.plan_id}; {len(work)} shards to encode",
+        file=sys.stderr,
+    )
+    report, outcome = None, "complete"
+    if work:
+        run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
+        report = RunReport(out / "runs" / run_id, num_clips)
+        (report.folder / "config.yaml").write_text(dump(config))
+        job = make_job(out, source.root, plan, run_id, specs, config)
+        try:
+            run(job, plan, work, config, report)
+            outcome = "complete"
+        except BaseException as error:
+            outcome = f"stopped: {type(error).__name__}"
+            raise
+        finally:
+            report.close(outcome, plan)
+    for column in columns.values():
+        write_statistics(column)
+    rows = {m: plan.shard_rows(text=m == "text").tolist() for m in columns}
+    totals = [column_totals(column, rows[m]) for m, column in columns.items()]
+    print_table(totals)
+    return too_many_failed(totals, config)
+
+
+def open_tasks(
+    plan: fmt.Plan, columns: dict[str, fmt.Column]
+) -> Iterator[tuple[int, tuple[str, ...], int]]:
+    """Yield (shard, modalities, rows) for all that lacks a commit: the plan minus the commits."""
+    committed = {modality: column.committed_shards() for modality, column in columns.items()}
+    for shard, rows in enumerate(plan.shard_rows(text=True).tolist()):
+        if "text" in columns and shard not in committed["text"]:
+            yield shard, ("text",), rows
+    clip_columns = [modality for modality in ("video", "audio") if modality in columns]
+    for shard, rows in enumerate(plan.shard_rows().tolist()):
+        missing = tuple(m for m in clip_columns if shard not in committed[m])
+        if missing:
+            yield shard, missing, rows
+
+
+def make_job(
+    out: Path,
+    source_root: Path,
+    plan: fmt.Plan,
+    run_id: str,
+    specs: dict[str, fmt.ColumnSpec],
+    config: EncodeConfig,
+) -> Job:
+    """Collect what the cell needs to know; paths are absolute, for processes with another cwd."""
+    video, audio, seconds = config.video, config.audio, config.clip.seconds
+    clip_bytes = 3 * video.size**2 * video.fps * seconds
+    clip_bytes += 4 * audio.sample_rate * audio.channels * seconds
+    return Job(
+        root=str(out.resolve()),
+        source_root=str(source_root.resolve()),
+        plan_id=plan.plan_id,
+        run_id=run_id,
+        columns=specs,
+        decode=decode_settings(config),
+        decode_timeout_s=config.decode_timeout_s,
+        window_clips=max(2, math.floor(config.window_mb * 1e6 / clip_bytes)),
+    )
+
+
+def run(
+    job: Job,
+    plan: fmt.Plan,
+    work: list[tuple[int, tuple[str, ...], int]],
+    config: EncodeConfig,
+    report: RunReport,
+) -> None:
+    """Hand the shards to one cell, one after the other.
+
+    Raises:
+        ConfigError: too many clips fail, or the cell can't be kept alive.
+    """
+    from pipeline.cells import Cell, CellError, local_cluster  # a finished run never starts Ray
+
+    decoders = config.decoders or max(1, (os.cpu_count() or 2) - 1)
+    root = Path(job.root)
+    captions = read_captions(root)
+    first_caption = [0, *plan.shard_rows(text=True).cumsum().tolist()]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
+    with local_cluster(decoders + 1, object_store_bytes=int(2e6 * config.window_mb + 2e8)):
+        try:
+            cell = Cell(job, decoders)
+            for shard, modalities, _ in work:
+                if modalities == ("text",):
+                    span = slice(first_caption[shard], first_caption[shard + 1])
+                    task = ShardTask(shard, modalities, captions=captions[span])
+                else:
+                    task = ShardTask(shard, modalities, clips=read_clips(root, plan, shard))
+                for news in cell.encode(task):
+                    report.update(news)
+                share, limit = report.failed_share, config.max_failed_share
+                if report.num_clips >= MIN_CLIPS_FOR_STOP and share > limit:
+                    raise ConfigError(
+                        f"{share:.0%} of {report.num_clips} clips failed, more than "
+                        f"max_failed_share={limit:g}; causes are in {report.folder}/events.jsonl"
+                    )
+        except CellError as error:
+            raise ConfigError(str(error)) from None
+
+
+def write_captions(column: fmt.Column, captions: list[str]) -> None:
+    """Write the text column's captions.parquet: text row -> caption and member key."""
+    path = column.path / "captions.parquet"
+    if path.exists():
+        return
+    keys = [caption_key(caption) for caption in captions]
+    table = pa.table({"row": range(len(captions)), "key": keys, "caption": captions})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    fmt.write_atomically(path, sink.getvalue().to_pybytes())
+
+
+def write_statistics(column: fmt.Column) -> None:
+    """Write the channel mean and std of what is committed into column.json, for people.
+
+    Readers sum the commit records themselves; column.json is touched only when it changes.
+    """
+    path = column.path / "column.json"
+    value = fmt.read_json(path)
+    try:
+        statistics = column.statistics()
+    except fmt.FormatError:
+        return  # no clip of this modality could be encoded
+    if value.get("statistics") != statistics:
+        fmt.write_json(path, asdict(column.spec) | {"statistics": statistics})
+
+
+def too_many_failed(totals: list[dict], config: EncodeConfig) -> str | None:
+    """Return a complaint when a column lacks more clips than ``max_failed_share``."""
+    for total in totals:
+        if total["rows"] and 1 - total["ok"] / total["rows"] > config.max_failed_share:
+            failed = total["rows"] - total["ok"]
+            return (
+                f"{failed} of {total['rows']} rows of {total['column']} failed, more than "
+                f"max_failed_share={config.max_failed_share:g}; see the table, and the facts "
+                "of every clip in facts@probe-*"
+            )
+    return None
+
+
+def command_line() -> str:
+    """Return the command that was typed."""
+    return " ".join(["python -m pipeline.encode", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

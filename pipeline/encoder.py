@@ -1,0 +1,216 @@
+"""One shard from decoded clips to committed columns: plain code that Ray only moves.
+
+Rows are written in plan order whatever the order they were decoded in, a bad clip becomes a
+tombstone, and all wanted columns of the shard are committed together after its facts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import format as fmt
+from pipeline.checks import clip_status, facts_directory, facts_row, write_facts
+from pipeline.codecs import Codec, build_codec
+from pipeline.media import Clip, Decoded, DecodeSettings
+from pipeline.shards import ShardWriter, create_column
+
+DecodeAll = Callable[[list[Clip], list[int], set[str]], Iterator[tuple[int, Decoded] | None]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every shard of a run has in common.
+
+    Attributes:
+        root: the data set's folder.
+        source_root: folder that clip uris are relative to.
+        run_id: names this run's attempts; no other run may have it.
+        columns: by modality.
+        window_clips: clips decoded or being decoded ahead of the encoder, at most.
+    """
+
+    root: str
+    source_root: str
+    plan_id: str
+    run_id: str
+    columns: dict[str, fmt.ColumnSpec]
+    decode: DecodeSettings
+    decode_timeout_s: float
+    window_clips: int
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to encode: its rows, and the modalities that lack a commit.
+
+    A task of captions has ``modalities == ("text",)`` and no clips.
+    """
+
+    shard: int
+    modalities: tuple[str, ...]
+    clips: list[Clip] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    attempt: int = 1
+
+
+@dataclass(frozen=True)
+class ShardUpdate:
+    """News of a shard: started, alive, a clip done, or committed.
+
+    Attributes:
+        event: "started" (earlier news of this shard don't count), "alive", "clip" or "committed".
+        key, status, message: of a clip done.
+        committed: names of the columns this attempt committed.
+    """
+
+    event: str
+    shard: int
+    key: str = ""
+    status: str = ""
+    message: str = ""
+    committed: tuple[str, ...] = ()
+    rows: int = 0
+    seconds: float = 0.0
+    encode_s: float = 0.0
+
+
+class ShardEncoder:
+    """Encodes shards with the codecs of a job, which are built once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._codecs: dict[str, Codec] = {
+            modality: build_codec(spec.codec, spec.preprocessing)
+            for modality, spec in job.columns.items()
+        }
+
+    def encode(self, task: ShardTask, decode_all: DecodeAll) -> Iterator[ShardUpdate]:
+        """Write and commit the task's columns.
+
+        Raises:
+            NoRoomError: the disk is full; nothing of this shard is published.
+        """
+        started = time.monotonic()
+        self._encode_s = 0.0
+        with ExitStack() as stack:
+            writers = {}
+            for modality in task.modalities:
+                spec = self._job.columns[modality]
+                column = create_column(Path(self._job.root), spec, self._job.plan_id)
+                writers[modality] = stack.enter_context(
+                    ShardWriter(column, task.shard, f"{self._job.run_id}-{task.attempt}")
+                )
+            if task.modalities == ("text",):
+                self._write_captions(task, writers["text"])
+            else:
+                yield from self._write_clips(task, writers, decode_all)
+            seconds = time.monotonic() - started
+            extra = {
+                "run_id": self._job.run_id,
+                "host": platform.node(),
+                "seconds": round(seconds, 3),
+                "encode_s": round(self._encode_s, 3),
+                "numpy": np.__version__,
+            }
+            names = tuple(
+                self._job.columns[modality].directory
+                for modality, writer in writers.items()
+                if writer.commit(extra)
+            )
+        rows = len(task.clips) or len(task.captions)
+        yield ShardUpdate(
+            "committed",
+            task.shard,
+            committed=names,
+            rows=rows,
+            seconds=seconds,
+            encode_s=self._encode_s,
+        )
+
+    def _write_captions(self, task: ShardTask, writer: ShardWriter) -> None:
+        dtype = self._job.columns["text"].dtype
+        for caption in task.captions:
+            latent = self._codecs["text"].encode([caption])[0].astype(dtype)
+            writer.add(caption_key(caption), latent)
+
+    def _write_clips(
+        self, task: ShardTask, writers: dict[str, ShardWriter], decode_all: DecodeAll
+    ) -> Iterator[ShardUpdate]:
+        facts_folder = Path(self._job.root) / facts_directory(self._job.plan_id)
+        has_facts = (facts_folder / f"{fmt.shard_name(task.shard)}.parquet").exists()
+        # Facts are measured on both modalities, whatever columns this run writes.
+        wanted = set(writers) if has_facts else {"video", "audio"}
+        facts, early, next_row = [], dict[int, Decoded](), 0
+        for found in self._decoded(task, wanted, decode_all):
+            if found is None:
+                yield ShardUpdate("alive", task.shard)
+                continue
+            early[found[0]] = found[1]
+            while next_row in early:
+                decoded, clip = early.pop(next_row), task.clips[next_row]
+                status, message = self._write_row(clip, decoded, writers)
+                facts.append(facts_row(next_row, clip, decoded))
+                next_row += 1
+                yield ShardUpdate("clip", task.shard, clip.key, status, message)
+        if not has_facts:
+            write_facts(facts_folder, task.shard, facts)
+
+    def _decoded(
+        self, task: ShardTask, wanted: set[str], decode_all: DecodeAll
+    ) -> Iterator[tuple[int, Decoded] | None]:
+        """Decode the clips whose file is there; the others need no decoder."""
+        there = []
+        for row, clip in enumerate(task.clips):
+            if (Path(self._job.source_root) / clip.uri).is_file():
+                there.append(row)
+            else:
+                problem = ("missing", f"no file {clip.uri}")
+                yield row, Decoded(None, None, {"video": problem, "audio": problem})
+        yield from decode_all(task.clips, there, wanted)
+
+    def _write_row(
+        self, clip: Clip, decoded: Decoded, writers: dict[str, ShardWriter]
+    ) -> tuple[str, str]:
+        """Write one row of every column; return the clip's status and message."""
+        problems = dict(decoded.problems)
+        media = {"video": decoded.frames, "audio": decoded.sound}
+        for modality, writer in writers.items():
+            latent = None
+            if modality not in problems:
+                latent, problem = self._encode_one(modality, media[modality])
+                if problem:
+                    problems[modality] = problem
+            code = fmt.STATUS_CODE[problems[modality][0]] if modality in problems else fmt.OK
+            writer.add(clip.key, latent, code)
+        return clip_status(Decoded(None, None, problems))
+
+    def _encode_one(
+        self, modality: str, item: np.ndarray | None
+    ) -> tuple[np.ndarray | None, tuple[str, str] | None]:
+        started = time.perf_counter()
+        latent = self._codecs[modality].encode([item])[0]
+        if latent.shape[0] == 0:
+            return None, ("too_short", f"the {modality} is shorter than one latent")
+        with np.errstate(over="ignore"):  # found below
+            stored = np.ascontiguousarray(latent, dtype=self._job.columns[modality].dtype)
+        self._encode_s += time.perf_counter() - started
+        if not np.isfinite(stored).all():
+            peak = float(np.abs(np.nan_to_num(latent, posinf=np.inf, neginf=-np.inf)).max())
+            return None, (
+                "nonfinite",
+                f"a {modality} latent of {peak:.3g} does not fit {stored.dtype}",
+            )
+        return stored, None
+
+
+def caption_key(caption: str) -> str:
+    """Return the key of a caption's member in the text column: 16 hex digits of its hash."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:16]

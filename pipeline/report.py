@@ -1,0 +1,131 @@
+"""What a person sees of an encode run: progress bar, closing table, runs/<run_id>/."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from pipeline import format as fmt
+from pipeline.encoder import ShardUpdate
+
+
+class RunReport:
+    """Follows one run; keeps events.jsonl and, at the end, summary.json in its folder.
+
+    Args:
+        folder: ``runs/<run_id>``.
+        num_clips: clips that this run has to do.
+    """
+
+    def __init__(self, folder: Path, num_clips: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.statuses: Counter[str] = Counter()
+        self._shard_statuses: Counter[str] = Counter()
+        self._started = time.time()
+        self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
+        self._bar = tqdm(total=num_clips, unit="clip", file=sys.stderr, mininterval=0.5)
+        self._columns: set[str] = set()
+        self._encode_s = 0.0
+
+    @property
+    def num_clips(self) -> int:
+        """Clips done so far, in committed shards and the one under way."""
+        return sum(self.statuses.values()) + sum(self._shard_statuses.values())
+
+    @property
+    def failed_share(self) -> float:
+        """Share of those clips whose status is not ok."""
+        counts = self.statuses + self._shard_statuses
+        return 1 - counts["ok"] / max(1, sum(counts.values()))
+
+    def update(self, news: ShardUpdate) -> None:
+        """Take in one update of a shard."""
+        if news.event == "started":
+            self._bar.update(-sum(self._shard_statuses.values()))
+            self._shard_statuses.clear()
+        elif news.event == "clip":
+            self._shard_statuses[news.status] += 1
+            self._bar.update(1)
+            ok = (self.statuses + self._shard_statuses)["ok"]
+            self._bar.set_postfix_str(f"ok {ok}, failed {self.num_clips - ok}", refresh=False)
+            if news.status != "ok":
+                self._write("clip", key=news.key, status=news.status, message=news.message)
+        elif news.event == "committed":
+            self.statuses += self._shard_statuses
+            self._shard_statuses.clear()
+            self._columns |= set(news.committed)
+            self._encode_s += news.encode_s
+            columns = list(news.committed)
+            self._write("shard", shard=news.shard, columns=columns, seconds=round(news.seconds, 3))
+
+    def _write(self, event: str, **fields: Any) -> None:
+        record = {"time": round(time.time(), 3), "event": event, **fields}
+        self._events.write(json.dumps(record) + "\n")
+        self._events.flush()
+
+    def close(self, outcome: str, plan: fmt.Plan) -> None:
+        """Stop the bar and write summary.json."""
+        self._bar.close()
+        self._events.close()
+        seconds = time.time() - self._started
+        clips = sum(self.statuses.values())
+        summary = {
+            "outcome": outcome,
+            "plan_id": plan.plan_id,
+            "clips": clips,
+            "statuses": dict(self.statuses),
+            "columns": sorted(self._columns),
+            "seconds": round(seconds, 3),
+            "clips_per_s": round(clips / seconds, 3) if seconds > 0 else 0.0,
+            "encode_s": round(self._encode_s, 3),
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
+            "host": platform.node(),
+            "python": platform.python_version(),
+        }
+        fmt.write_json(self.folder / "summary.json", summary)
+
+
+def column_totals(column: fmt.Column, rows_per_shard: list[int]) -> dict[str, Any]:
+    """Sum the commit records of a column: shards, rows, statuses, bytes."""
+    committed = sorted(column.committed_shards())
+    totals: dict[str, Any] = {
+        "column": column.path.name,
+        "shards": len(committed),
+        "shards_planned": len(rows_per_shard),
+        "rows": 0,
+        "ok": 0,
+        "bytes": 0,
+        "statuses": Counter(),
+    }
+    for shard in committed:
+        record = column.commit(shard) or {}
+        totals["rows"] += record["rows"]
+        totals["ok"] += record["ok"]
+        totals["bytes"] += record["tar_bytes"]
+        totals["statuses"].update(record["status_counts"])
+    return totals
+
+
+def print_table(totals: list[dict[str, Any]]) -> None:
+    """Print the closing table: one line a column, then the failures by cause."""
+    width = max(len(total["column"]) for total in totals)
+    print(f"{'column':<{width}}  {'shards':>11}  {'ok':>9}  {'failed':>7}  {'MB':>9}")
+    for total in totals:
+        shards = f"{total['shards']}/{total['shards_planned']}"
+        failed = total["rows"] - total["ok"]
+        print(
+            f"{total['column']:<{width}}  {shards:>11}  {total['ok']:>9}  {failed:>7}  "
+            f"{total['bytes'] / 1e6:>9.1f}"
+        )
+        causes = {name: n for name, n in total["statuses"].items() if name != "ok"}
+        if causes:
+            listed = ", ".join(f"{name} {n}" for name, n in sorted(causes.items()))
+            print(f"{'':<{width}}  failed: {listed}")
