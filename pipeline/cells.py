@@ -88,8 +88,10 @@ class DecoderPool:
         waiting, failures = deque(rows), dict[int, int]()
         while waiting or any(lane.queue for lane in self._lanes):
             self._fill(waiting, clips, wanted)
+            heads = [lane.queue[0][1] for lane in self._lanes if lane.queue]
+            ray.wait(heads, timeout=min(HEARTBEAT_S, self._job.decode_timeout_s / 4))
             pending = [ref for lane in self._lanes for _, ref in lane.queue]
-            ready, _ = ray.wait(pending, timeout=min(HEARTBEAT_S, self._job.decode_timeout_s / 4))
+            ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
             came = False
             for number, lane in enumerate(self._lanes):
                 for row, decoded in self._collect(number, lane, set(ready), waiting, failures):
