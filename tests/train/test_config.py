@@ -1,0 +1,83 @@
+import pytest
+
+from pipeline import settings
+from pipeline.settings import ConfigError
+from train.config import REPOSITORY, TrainConfig, load_train_config, parse
+from train.model import ModelConfig
+
+
+def test_no_arguments_and_the_launcher_s_own_give_the_defaults():
+    assert parse([]) == parse(["--local_rank=3"]) == TrainConfig()
+
+
+def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("steps: 7\noptim: {lr: 0.5, warmup_steps: 3}\n")
+    config = parse(["--local_rank=0", "--config", str(file), "optim.lr=2e-4", "data.root=a/b"])
+    assert (config.steps, config.optim.warmup_steps) == (7, 3)
+    assert config.optim.lr == 2e-4
+    assert config.data.root == "a/b"
+
+
+def test_preset_is_found_from_any_folder_and_its_fields_can_be_overridden(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse(["model.preset=tiny", "model.depth=6"])
+    tiny = settings.build(ModelConfig, settings.read_yaml(preset_file("tiny")), "tiny")
+    assert config.model.depth == 6
+    assert config.model.width == tiny.width
+
+
+def preset_file(name):
+    return REPOSITORY / "configs" / "model" / f"{name}.yaml"
+
+
+def test_every_file_in_configs_loads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = sorted((REPOSITORY / "configs" / "train").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_train_config(file.relative_to(REPOSITORY), [])
+    for file in sorted((REPOSITORY / "configs" / "model").glob("*.yaml")):
+        load_train_config(None, [f"model.preset={file.stem}"])
+
+
+def test_dumped_settings_load_back(tmp_path):
+    config = parse(["model.preset=tiny", "steps=9", "tasks.v2a=2"])
+    file = tmp_path / "config.yaml"
+    file.write_text(settings.dump(config))
+    assert load_train_config(file, []) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.learning_rate=1", "known here: lr, betas"),
+        ("stepz=1", "steps"),
+        ("optim.lr=fast", "optim.lr"),
+        ("zero_stage=4", "zero_stage"),
+        ("model.preset=huge", "tiny"),
+        ("--frobnicate", "key=value"),
+    ],
+)
+def test_wrong_settings_are_named(override, expected):
+    with pytest.raises(ConfigError, match=expected):
+        parse([override])
+
+
+def test_missing_settings_file_is_named():
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        parse(["--config", "nowhere.yaml"])
+
+
+def test_help_lists_the_settings(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse(["--help"])
+    assert exit_info.value.code == 0
+    assert "every_steps" in capsys.readouterr().out
+
+
+def test_accumulation_must_be_whole():
+    config = TrainConfig(global_batch=24, micro_batch=3)
+    assert config.accumulation(num_ranks=2) == 4
+    with pytest.raises(ConfigError, match=r"24 .* 3 × 5 ranks"):
+        config.accumulation(num_ranks=5)

@@ -1,0 +1,241 @@
+"""Checkpoints: what makes one complete, which one continues a run, what may have changed.
+
+    run_dir/checkpoints/step_00000100/
+        *.pt                         DeepSpeed's files (pickles: load only what you wrote)
+        ema/rank_00000.safetensors   the averaged weights as the ranks keep them
+        ema.safetensors              the same as whole parameters, float32: what sampling needs
+        state.json                   what was trained, on what, how far
+        COMPLETE                     names and sizes of all files, written last
+
+A folder without COMPLETE, or with a file missing or cut short, is never read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pipeline import settings
+from pipeline.format import FormatError, read_json, write_json
+from train.errors import ResumeError
+from train.latents import LatentSpec
+from train.model import DiT, ModelConfig
+from train.ranks import Ranks
+
+if TYPE_CHECKING:  # sampling reads checkpoints where DeepSpeed isn't wanted
+    from train.ema import Ema
+    from train.engine import Engine
+
+STATE_VERSION = 1
+MARKER = "COMPLETE"
+
+
+# ---------------------------------------------------------------------------------------------
+# Which checkpoints there are
+
+
+def checkpoint_folder(run_dir: Path, step: int) -> Path:
+    """Return the folder of the checkpoint with ``step`` optimiser steps done."""
+    return run_dir / "checkpoints" / f"step_{step:08d}"
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether everything that COMPLETE lists is there in full."""
+    try:
+        files = json.loads((folder / MARKER).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def find_checkpoints(run_dir: Path) -> tuple[list[Path], list[Path]]:
+    """Return the complete and the incomplete checkpoints of a run, oldest first."""
+    folders = sorted((run_dir / "checkpoints").glob("step_*"))
+    complete = [folder for folder in folders if is_complete(folder)]
+    return complete, [folder for folder in folders if folder not in complete]
+
+
+def latest_complete(run_dir: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    complete, _ = find_checkpoints(run_dir)
+    return complete[-1] if complete else None
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def save_checkpoint(
+    folder: Path, engine: Engine, ema: Ema, ranks: Ranks, state: dict[str, Any]
+) -> None:
+    """Write a checkpoint; collective. It counts from the moment that COMPLETE is there.
+
+    Args:
+        folder: an incomplete checkpoint in it is replaced.
+        engine: weights and optimiser.
+        ema: averaged weights.
+        ranks: the ranks.
+        state: goes to state.json.
+
+    Raises:
+        ResumeError: on rank 0, if a rank's file has not arrived.
+    """
+    if ranks.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "ema").mkdir(parents=True)
+    ranks.barrier()
+    engine.save(folder)
+    ema.save(ema_shard(folder, ranks.rank))
+    weights: dict[str, torch.Tensor] = {}
+    with engine.master_weights(ema.shards):
+        for name, weight in engine.full_parameters():
+            if ranks.rank == 0:
+                weights[name] = weight.cpu().contiguous()
+    if ranks.rank == 0:
+        save_file(weights, folder / "ema.safetensors")
+        write_json(folder / "state.json", {"version": STATE_VERSION, **state})
+    ranks.barrier()
+    if ranks.rank == 0:
+        mark_complete(folder, ranks.num_ranks, has_shards=engine.stage > 0)
+    ranks.barrier()
+
+
+def ema_shard(folder: Path, rank: int) -> Path:
+    """Return the path of one rank's averaged weights."""
+    return folder / "ema" / f"rank_{rank:05d}.safetensors"
+
+
+def mark_complete(folder: Path, num_ranks: int, has_shards: bool) -> None:
+    """Check that every rank's files are there, then write COMPLETE."""
+    counts = {"ema/*.safetensors": num_ranks, "*model_states.pt": 1}
+    if has_shards:
+        counts["*optim_states.pt"] = num_ranks
+    for pattern, least in counts.items():
+        found = len(list(folder.glob(pattern)))
+        if found < least:
+            raise ResumeError(
+                f"{folder} holds {found} files {pattern}, expected {least}: not all ranks see "
+                "the same folder; put run_dir on a file system that all nodes share"
+            )
+    files = {
+        str(path.relative_to(folder)): path.stat().st_size
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    write_json(folder / MARKER, {"files": files})
+
+
+def prune(run_dir: Path, keep_last: int) -> None:
+    """Remove all but the newest complete checkpoints."""
+    complete, _ = find_checkpoints(run_dir)
+    for folder in complete[:-keep_last]:
+        (folder / MARKER).unlink()  # first: a half-removed checkpoint must not look complete
+        shutil.rmtree(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Continuing
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read a checkpoint's state.json.
+
+    Raises:
+        ResumeError: it is missing, damaged, or of another version of this program.
+    """
+    try:
+        state = read_json(folder / "state.json")
+    except FormatError as error:
+        raise ResumeError(str(error)) from None
+    if state.get("version") != STATE_VERSION:
+        raise ResumeError(
+            f"{folder} has version {state.get('version')}, this program reads {STATE_VERSION}; "
+            "use the program that wrote it"
+        )
+    return state
+
+
+def restore(folder: Path, engine: Engine, ema: Ema, ranks: Ranks) -> None:
+    """Load weights, optimiser and averaged weights; collective."""
+    engine.load(folder)
+    ema.load(ema_shard(folder, ranks.rank))
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained model as its checkpoint describes it.
+
+    Attributes:
+        folder: the checkpoint.
+        step: optimiser steps done.
+        config: the transformer.
+        video: what the model was trained on, with the statistics to unscale by.
+        audio: the same for audio.
+        text_width: width of the text vectors.
+        num_tasks: number of task tokens.
+        root: data set, where it was during training.
+        plan_id: its plan.
+        columns: directory name of the column by modality.
+        weights: the averaged weights, float32 on the CPU, by name in DiT's state dict.
+    """
+
+    folder: Path
+    step: int
+    config: ModelConfig
+    video: LatentSpec
+    audio: LatentSpec
+    text_width: int
+    num_tasks: int
+    root: Path
+    plan_id: str
+    columns: dict[str, str]
+    weights: dict[str, torch.Tensor]
+
+    def build(self, device: torch.device | str = "cpu") -> DiT:
+        """Return the model with the averaged weights, in evaluation mode."""
+        model = DiT(self.config, self.video, self.audio, self.text_width, self.num_tasks)
+        model.load_state_dict(self.weights)
+        return model.to(device).eval()
+
+
+def load_model_for_sampling(path: Path) -> TrainedModel:
+    """Read the averaged weights of a checkpoint, or of the newest one of a run.
+
+    Raises:
+        ResumeError: ``path`` holds no complete checkpoint.
+    """
+    folder = path if is_complete(path) else latest_complete(path)
+    if folder is None:
+        raise ResumeError(
+            f"{path} holds no complete checkpoint; name a run_dir or one of its checkpoints/step_*"
+        )
+    state = read_state(folder)
+    data = state["data"]
+    return TrainedModel(
+        folder=folder,
+        step=state["step"],
+        config=settings.build(ModelConfig, state["run"]["model"], str(folder / "state.json")),
+        video=read_spec(data["video"]),
+        audio=read_spec(data["audio"]),
+        text_width=data["text_width"],
+        num_tasks=data["num_tasks"],
+        root=Path(data["root"]),
+        plan_id=data["plan_id"],
+        columns=data["columns"],
+        weights=load_file(folder / "ema.safetensors"),
+    )
+
+
+def read_spec(value: dict[str, Any]) -> LatentSpec:
+    """Return a LatentSpec from its JSON form."""
+    return LatentSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})

@@ -1,0 +1,181 @@
+"""Settings of a training run: TrainConfig <- YAML file <- `key=value` on the command line.
+
+Every section keeps its own dataclass beside the code that uses it; this module puts them
+together and finds files of the repository wherever the program was started.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from pipeline import settings
+from pipeline.settings import STRICT, ConfigError
+from train.data.view import DataConfig
+from train.model import ModelConfig
+from train.objective.flow import FlowConfig
+from train.objective.tasks import TaskWeights
+from train.schedule import Shape
+
+# The checkout: av-latents is installed editable, so configs/ lies beside this package.
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class OptimConfig:
+    """AdamW and its learning rate.
+
+    Attributes:
+        lr: learning rate behind the warm-up.
+        betas: AdamW's.
+        weight_decay: on matrices only.
+        warmup_steps: steps of linear warm-up.
+        schedule: "constant", or "cosine" down to 0 at the last step.
+        clip_norm: gradients are scaled down to this global 2-norm.
+    """
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = Field(0.01, ge=0)
+    warmup_steps: int = Field(1000, ge=0)
+    schedule: Shape = "constant"
+    clip_norm: float = Field(1.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckpointConfig:
+    """When to save: every so many steps, at the end, and when the run is asked to stop.
+
+    Attributes:
+        every_steps: optimiser steps between checkpoints.
+        keep_last: complete checkpoints kept; older ones are removed.
+    """
+
+    every_steps: int = Field(1000, ge=1)
+    keep_last: int = Field(3, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LogConfig:
+    """Attributes: every_steps: optimiser steps that one line of metrics sums up."""
+
+    every_steps: int = Field(10, ge=1)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        run_dir: folder for metrics and checkpoints, seen by all nodes. The same command with the
+            same folder continues the run.
+        seed: keys every random draw; the initial weights too.
+        steps: optimiser steps of the whole run.
+        global_batch: samples per optimiser step, over all ranks.
+        micro_batch: samples per forward pass on one rank. Gradients are accumulated over
+            global_batch / (micro_batch × ranks) passes, which must be whole.
+        model: the transformer; ``model.preset=NAME`` starts from configs/model/NAME.yaml.
+        data: the columns that are read and how they are cut.
+        tasks: how often each task is drawn.
+        flow: the training objective.
+        optim: the optimiser.
+        ema_decay: of the averaged weights that samples are made with.
+        zero_stage: DeepSpeed settings configs/deepspeed/zeroN.json; 0 is for fp32 tests.
+        precision: "auto" is bf16 on a GPU and fp32 on a CPU.
+        checkpoint: when to save.
+        log: when to report.
+    """
+
+    run_dir: str = "runs/default"
+    seed: int = Field(0, ge=0)
+    steps: int = Field(100_000, ge=1)
+    global_batch: int = Field(64, ge=1)
+    micro_batch: int = Field(8, ge=1)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    tasks: TaskWeights = Field(default_factory=TaskWeights)
+    flow: FlowConfig = Field(default_factory=FlowConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    log: LogConfig = Field(default_factory=LogConfig)
+
+    def accumulation(self, num_ranks: int) -> int:
+        """Return the micro-batches per rank and optimiser step.
+
+        Raises:
+            ConfigError: the global batch is no multiple of ``micro_batch`` × ``num_ranks``.
+        """
+        per_pass = self.micro_batch * num_ranks
+        if self.global_batch % per_pass:
+            raise ConfigError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch "
+                f"{self.micro_batch} × {num_ranks} ranks = {per_pass}; change one of them"
+            )
+        return self.global_batch // per_pass
+
+
+def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
+    """Read settings, with ``model.preset`` replaced by what its file holds.
+
+    Raises:
+        ConfigError: unreadable file, unknown key or preset, wrong value.
+    """
+    values = settings.read_yaml(find_file(path)) if path else {}
+    for text in overrides:
+        settings.set_dotted(values, text)
+    model = values.get("model")
+    if isinstance(model, dict) and "preset" in model:
+        own = {name: value for name, value in model.items() if name != "preset"}
+        values["model"] = {**read_preset(model["preset"]), **own}
+    return settings.build(TrainConfig, values, str(path) if path else "the command line")
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """Read configs/model/NAME.yaml.
+
+    Raises:
+        ConfigError: there is no such preset; the message lists those there are.
+    """
+    folder = REPOSITORY / "configs" / "model"
+    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in names:
+        raise ConfigError(f"model.preset {name!r} is unknown; there are {', '.join(names)}")
+    return settings.read_yaml(folder / f"{name}.yaml")
+
+
+def find_file(path: Path) -> Path:
+    """Return ``path`` as it is, or inside the repository where it only exists there."""
+    return path if path.exists() or path.is_absolute() else REPOSITORY / path
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """Read the command line; ``--help`` prints all settings with their defaults and exits.
+
+    Raises:
+        ConfigError: a setting can't be used.
+    """
+    parser = argparse.ArgumentParser(
+        prog="deepspeed train/main.py",
+        usage="%(prog)s [--config FILE] [key=value ...]",
+        description="Train on encoded shards. The same command again continues the run.",
+        epilog="settings and their defaults:\n\n" + settings.dump(TrainConfig()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, help="YAML file with differences from the defaults")
+    # The launcher puts --local_rank=N in front; the ranks take it from the environment.
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    known, overrides = parser.parse_known_args(arguments)
+    return load_train_config(known.config, overrides)
+
+
+def as_dict(value: Any) -> Any:
+    """Return a settings dataclass as plain JSON values."""
+    return TypeAdapter(type(value)).dump_python(value, mode="json")

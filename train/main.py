@@ -1,0 +1,43 @@
+"""`deepspeed train/main.py [--config FILE] [key=value ...]`: parse, join, train, leave."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pipeline.settings import ConfigError
+from train.config import parse
+from train.ranks import USER_ERRORS, AgreedError
+
+
+def main(arguments: list[str]) -> int:
+    """Run this rank of a training run; return the exit status."""
+    try:
+        config = parse(arguments)
+    except ConfigError as error:
+        # All ranks of a node have read the same files: one speaks.
+        return fail(error, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+    # DeepSpeed takes seconds to import: not before the settings are known to be right.
+    from train.engine import join_ranks, leave_ranks
+    from train.trainer import Trainer
+
+    try:
+        ranks = join_ranks()
+        Trainer(config, ranks).run()
+    except AgreedError as error:
+        return fail(error, speaks=os.environ["RANK"] == "0")
+    except USER_ERRORS as error:
+        return fail(error, speaks=True)
+    leave_ranks()
+    return 0
+
+
+def fail(error: Exception, speaks: bool) -> int:
+    """Report an error that the user can mend, on one line, and return its exit status."""
+    if speaks:
+        sys.stderr.write(f"train: {error}\n")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

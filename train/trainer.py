@@ -1,0 +1,257 @@
+"""The training loop: agree, build or restore, then step, report, save, stop. No maths.
+
+Every rank runs the same sequence of collective calls. What may fail on one rank alone, such as
+opening files, runs ``together``: if it fails anywhere it fails everywhere, with one message.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline import settings
+from pipeline.format import fingerprint, write_atomically
+from pipeline.settings import ConfigError
+from train import checkpoint
+from train.config import TrainConfig, as_dict
+from train.data.loader import LatentLoader
+from train.data.view import View, open_view
+from train.ema import Ema
+from train.engine import Engine, StepResult, choose_precision
+from train.identity import check_continues, describe_data, describe_run, program_versions
+from train.meter import Meter
+from train.model import DiT
+from train.objective.flow import flow_loss
+from train.objective.tasks import TASKS, Task, task_of_step
+from train.preempt import StopRequest
+from train.ranks import AgreedError, Ranks
+from train.rng import seed_of
+from train.schedule import learning_rate
+from train.sinks import Sinks
+
+# A few bad batches are survived; ten in a row mean that the weights or the data are broken.
+MOST_SKIPPED_IN_A_ROW = 10
+
+
+class Trainer:
+    """One rank of a training run.
+
+    Args:
+        config: the run.
+        ranks: the ranks, which have joined.
+
+    Raises:
+        AgreedError: on all ranks, if the run can't start on one.
+    """
+
+    def __init__(self, config: TrainConfig, ranks: Ranks) -> None:
+        self.config, self.ranks = config, ranks
+        self.run_dir = Path(config.run_dir)
+        self.precision = choose_precision(config.precision, ranks.device)
+        self.accumulation = ranks.together(lambda: config.accumulation(ranks.num_ranks))
+        self.view, self.loader = ranks.together(self._open_data)
+        self.sinks: Sinks | None = None
+        # Rank 0 chooses, as a shared file system may show the ranks different folders.
+        newest = checkpoint.latest_complete(self.run_dir) if ranks.rank == 0 else None
+        self.resumed: Path | None = ranks.gather(newest)[0]
+        self.step = ranks.together(self._position)  # optimiser steps done
+        self.skipped_in_a_row = 0
+        ranks.check_agreement(
+            {
+                "data": self.view.view_id,
+                "settings": fingerprint(as_dict(config)),
+                "programs": fingerprint(program_versions()),
+                "steps": (self.step, config.steps),
+            }
+        )
+
+    def _open_data(self) -> tuple[View, LatentLoader]:
+        config, ranks = self.config, self.ranks
+        patches = {"video": config.model.video_patch[0], "audio": config.model.audio_patch[0]}
+        multiples = {name: max(size, 1) for name, size in patches.items()}  # 0 is the whole axis
+        view = open_view(Path(config.data.root), config.data, time_multiple=multiples)
+        loader = LatentLoader(
+            view,
+            seed=config.seed,
+            global_batch=config.global_batch,
+            rank=ranks.rank,
+            num_ranks=ranks.num_ranks,
+            micro_batch=config.micro_batch,
+        )
+        return view, loader
+
+    def _layout(self) -> dict[str, Any]:
+        """What the files of the ranks depend on, beside the run itself."""
+        return {
+            "num_ranks": self.ranks.num_ranks,
+            "zero_stage": self.config.zero_stage,
+            "precision": self.precision,
+        }
+
+    def _position(self) -> int:
+        """Put the loader where the newest checkpoint was taken; return the steps done."""
+        if self.resumed is None:
+            return 0
+        state = checkpoint.read_state(self.resumed)
+        run = describe_run(self.config, self.view)
+        check_continues(self.resumed, state, run, self._layout())
+        self.loader.load_state_dict(state["loader"])
+        return state["step"]
+
+    def run(self) -> None:
+        """Train until ``steps`` are done or someone asks to stop; either way it is saved.
+
+        Raises:
+            AgreedError: too many steps in a row had gradients that are not finite.
+        """
+        if self.ranks.rank == 0:
+            self._open_run_dir()
+        try:
+            if self.step < self.config.steps:
+                self._build()
+                self._train()
+            else:
+                self.say(f"nothing to do: {self.step} of {self.config.steps} steps are done")
+        finally:
+            if self.sinks:
+                self.sinks.close()
+
+    def _open_run_dir(self) -> None:
+        """Record the settings and open the metrics; rank 0 only."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run_dir / "config.yaml", settings.dump(self.config).encode())
+        self.sinks = Sinks(self.run_dir, self.step, self.config.steps)
+        _, incomplete = checkpoint.find_checkpoints(self.run_dir)
+        for folder in incomplete:
+            self.say(f"ignoring {folder}: it is incomplete")
+        if self.resumed:
+            self.say(f"continuing from {self.resumed}, step {self.step} of {self.config.steps}")
+
+    def _new_model(self) -> DiT:
+        """Return the model with its initial weights, the same on all ranks."""
+        view = self.view
+        torch.manual_seed(seed_of(self.config.seed, "weights"))
+        try:
+            return DiT(self.config.model, view.video, view.audio, view.text_width, len(TASKS))
+        except ValueError as error:
+            raise ConfigError(f"the model does not fit the data: {error}") from None
+
+    def _build(self) -> None:
+        """Build model, optimiser and EMA, or restore them."""
+        config = self.config
+        model = self.ranks.together(self._new_model)
+        self.say(
+            f"{model.num_parameters / 1e6:.1f} M parameters, {sum(model.num_tokens())} tokens a "
+            f"sample, {self.ranks.num_ranks} ranks × {config.micro_batch} samples × "
+            f"{self.accumulation} passes a step, {self.precision}, ZeRO-{config.zero_stage}"
+        )
+        self.engine = Engine(model, config, self.ranks, self.accumulation)
+        self.ema = Ema(self.engine, config.ema_decay)
+        if self.resumed:
+            checkpoint.restore(self.resumed, self.engine, self.ema, self.ranks)
+        self.null_text = self.view.null_text.to(self.ranks.device)
+        self.meter = Meter(self.ranks, config.global_batch)
+        self.stop = StopRequest(self.run_dir, watch_file=self.ranks.rank == 0)
+        self.stop.listen()
+
+    def _train(self) -> None:
+        config = self.config
+        while self.step < config.steps:
+            task = task_of_step(config.tasks, config.seed, self.step)
+            result = self._train_step(task)
+            self._check_step(result, task)
+            self.step += 1
+            is_last = self.step == config.steps
+            is_stopping = bool(self.ranks.maximum(self.stop.is_set()))
+            if is_last or is_stopping or self.step % config.log.every_steps == 0:
+                self._report()
+            if is_last or is_stopping or self.step % config.checkpoint.every_steps == 0:
+                self._save()
+            if is_stopping and not is_last:
+                self._say_stopped()
+                return
+
+    def _train_step(self, task: Task) -> StepResult:
+        """Run one optimiser step: accumulate micro-batches, update weights and EMA."""
+        config, view = self.config, self.view
+        for _ in range(self.accumulation):
+            with self.meter.waiting():
+                batch = next(self.loader)
+            loss = flow_loss(
+                self.engine.wrapped,
+                batch,
+                self.null_text,
+                task,
+                (view.video, view.audio),
+                config.flow,
+                config.seed,
+            )
+            self.engine.accumulate(loss.total)
+            self.meter.add_micro_batch(task, loss, len(batch.keys))
+        result = self.engine.step(self._learning_rate(self.step))
+        if result.was_applied:
+            self.ema.update(self.engine, self.step)
+        self.meter.add_step(result)
+        return result
+
+    def _learning_rate(self, step: int) -> float:
+        optim = self.config.optim
+        return learning_rate(
+            step,
+            peak=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            steps=self.config.steps,
+            shape=optim.schedule,
+        )
+
+    def _check_step(self, result: StepResult, task: Task) -> None:
+        """Stop a run whose gradients stay not finite; the weights are as before the first."""
+        if result.was_applied:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.say(f"step {self.step + 1} skipped: gradients of {task.name} are not finite")
+        if self.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
+            raise AgreedError(
+                f"gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, up to step "
+                f"{self.step + 1}; lower optim.lr, or check the data with pipeline.verify. "
+                f"The same command continues from the newest checkpoint in {self.run_dir}"
+            )
+
+    def _report(self) -> None:
+        metrics = self.meter.summary()
+        metrics["learning_rate"] = self._learning_rate(self.step - 1)
+        metrics["samples"] = self.step * self.config.global_batch
+        if self.sinks:
+            self.sinks.write(self.step, metrics)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "run": describe_run(self.config, self.view),
+            "data": describe_data(self.config, self.view),
+            "layout": self._layout(),
+            "programs": program_versions(),
+        }
+        folder = checkpoint.checkpoint_folder(self.run_dir, self.step)
+        checkpoint.save_checkpoint(folder, self.engine, self.ema, self.ranks, state)
+        if self.ranks.rank == 0:
+            checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
+        self.say(f"saved {folder}")
+
+    def _say_stopped(self) -> None:
+        reasons = dict.fromkeys(reason for reason in self.ranks.gather(self.stop.reason) if reason)
+        self.say(
+            f"stopped at step {self.step} of {self.config.steps} by {', '.join(reasons)}; "
+            "the same command continues"
+        )
+        if self.ranks.rank == 0:
+            self.stop.clear_file()
+
+    def say(self, text: str) -> None:
+        """Show a message on rank 0."""
+        if self.sinks:
+            self.sinks.say(text)
