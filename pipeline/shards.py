@@ -200,6 +200,7 @@ class ShardWriter:
 
     def _record(self, stem: Path, index_crc: int) -> dict[str, Any]:
         codes = [int(record["status"]) for record in self._records]
+        total, squares = self._sums.tolist()
         return {
             "plan_id": self._column.plan_id,
             "column": self._column.path.name,
@@ -213,11 +214,7 @@ class ShardWriter:
             "tar_bytes": self._tar_bytes,
             "tar_crc32c": self._tar_crc,
             "index_crc32c": index_crc,
-            "channels": {
-                "count": self._num_values,
-                "sum": self._sums[0].tolist(),
-                "sum_of_squares": self._sums[1].tolist(),
-            },
+            "channels": {"count": self._num_values, "sum": total, "sum_of_squares": squares},
             "attempt": self._attempt,
         }
 

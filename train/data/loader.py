@@ -147,14 +147,10 @@ class LatentLoader:
         self._num_yielded = step * self._accumulation
         epoch, position = divmod(step, self.steps_per_epoch)
         first = self._order(epoch)[position * self._global_batch :][:3]
+        size = self._global_batch
+        place = f"sample {position * size} of {self.steps_per_epoch * size}"
         keys = ", ".join(self._view.clips.keys[clip] for clip in first)
-        log.info(
-            "resumed at epoch %d, sample %d of %d; next are %s",
-            epoch,
-            position * self._global_batch,
-            self.steps_per_epoch * self._global_batch,
-            keys,
-        )
+        log.info("resumed at epoch %d, %s; next are %s", epoch, place, keys)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -194,8 +190,8 @@ class LatentLoader:
             video_first, audio_first = self._crop(clip, sample)
             self._read_span("video", clip, video_first, video_array[place])
             self._read_span("audio", clip, audio_first, audio_array[place])
-            residual_s = audio_first / view.audio.rate_hz - video_first / view.video.rate_hz
-            audio_start_s[place] = residual_s
+            video_s = video_first / view.video.rate_hz
+            audio_start_s[place] = audio_first / view.audio.rate_hz - video_s
         text, text_mask = self._pad([self._caption(int(view.clips.text_rows[c])) for c in clips])
         return LatentBatch(
             samples=torch.from_numpy(samples),

@@ -60,13 +60,13 @@ class DataConfig:
     video: str | None = None
     audio: str | None = None
     text: str | None = None
-    seconds: float = Field(8.0, gt=0)
-    heldout_share: float = Field(0.02, ge=0, lt=1)
-    window_shards: int = Field(16, ge=1)
+    seconds: float = Field(default=8.0, gt=0)
+    heldout_share: float = Field(default=0.02, ge=0, lt=1)
+    window_shards: int = Field(default=16, ge=1)
     missing: Literal["error", "drop"] = "error"
     verify_crc: bool = True
-    read_threads: int = Field(2, ge=1)
-    prefetch_steps: int = Field(3, ge=1)
+    read_threads: int = Field(default=2, ge=1)
+    prefetch_steps: int = Field(default=3, ge=1)
 
 
 @dataclass(frozen=True)
