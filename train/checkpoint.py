@@ -26,6 +26,7 @@ from pipeline.format import FormatError, read_json, write_json
 from train.errors import ResumeError
 from train.latents import LatentSpec
 from train.model import DiT, ModelConfig
+from train.objective.flow import FlowConfig
 from train.ranks import Ranks
 
 if TYPE_CHECKING:  # sampling reads checkpoints where DeepSpeed isn't wanted
@@ -186,6 +187,9 @@ class TrainedModel:
         root: data set, where it was during training.
         plan_id: its plan.
         columns: directory name of the column by modality.
+        seconds: length of a crop.
+        heldout_share: share of the training split that was held out.
+        flow: the objective, whose time shifts sampling keeps.
         weights: the averaged weights, float32 on the CPU, by name in DiT's state dict.
     """
 
@@ -199,6 +203,9 @@ class TrainedModel:
     root: Path
     plan_id: str
     columns: dict[str, str]
+    seconds: float
+    heldout_share: float
+    flow: FlowConfig
     weights: dict[str, torch.Tensor]
 
     def build(self, device: torch.device | str = "cpu") -> DiT:
@@ -232,10 +239,16 @@ def load_model_for_sampling(path: Path) -> TrainedModel:
         root=Path(data["root"]),
         plan_id=data["plan_id"],
         columns=data["columns"],
+        seconds=data["seconds"],
+        heldout_share=data["heldout_share"],
+        flow=settings.build(
+            FlowConfig, state["run"]["objective"]["flow"], str(folder / "state.json")
+        ),
         weights=load_file(folder / "ema.safetensors"),
     )
 
 
 def read_spec(value: dict[str, Any]) -> LatentSpec:
     """Return a LatentSpec from its JSON form."""
-    return LatentSpec(**{k: tuple(v) if isinstance(v, list) else v for k, v in value.items()})
+    lists = {name: tuple(item) for name, item in value.items() if isinstance(item, list)}
+    return LatentSpec(**{**value, **lists})

@@ -10,7 +10,14 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+)
 from pydantic.dataclasses import dataclass
 
 from pipeline import settings
@@ -38,12 +45,12 @@ class OptimConfig:
         clip_norm: gradients are scaled down to this global 2-norm.
     """
 
-    lr: float = Field(1e-4, gt=0)
+    lr: PositiveFloat = 1e-4
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_steps: int = Field(1000, ge=0)
+    weight_decay: NonNegativeFloat = 0.01
+    warmup_steps: NonNegativeInt = 1000
     schedule: Shape = "constant"
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: PositiveFloat = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -55,15 +62,15 @@ class CheckpointConfig:
         keep_last: complete checkpoints kept; older ones are removed.
     """
 
-    every_steps: int = Field(1000, ge=1)
-    keep_last: int = Field(3, ge=1)
+    every_steps: PositiveInt = 1000
+    keep_last: PositiveInt = 3
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogConfig:
     """Attributes: every_steps: optimiser steps that one line of metrics sums up."""
 
-    every_steps: int = Field(10, ge=1)
+    every_steps: PositiveInt = 10
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -91,20 +98,20 @@ class TrainConfig:
     """
 
     run_dir: str = "runs/default"
-    seed: int = Field(0, ge=0)
-    steps: int = Field(100_000, ge=1)
-    global_batch: int = Field(64, ge=1)
-    micro_batch: int = Field(8, ge=1)
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    tasks: TaskWeights = Field(default_factory=TaskWeights)
-    flow: FlowConfig = Field(default_factory=FlowConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    seed: NonNegativeInt = 0
+    steps: PositiveInt = 100_000
+    global_batch: PositiveInt = 64
+    micro_batch: PositiveInt = 8
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
+    tasks: TaskWeights = TaskWeights()
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    log: LogConfig = Field(default_factory=LogConfig)
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
 
     def accumulation(self, num_ranks: int) -> int:
         """Return the micro-batches per rank and optimiser step.

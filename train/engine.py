@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -162,13 +162,14 @@ class Engine:
         settings = deepspeed_settings(config, ranks.device, accumulation)
         if self.stage == 0 and settings["bf16"]["enabled"]:
             raise ConfigError("zero_stage 0 keeps no fp32 weights for bf16; use zero_stage=1")
-        model = model.to(ranks.device)
-        self.wrapped, self.optimizer, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(model, config),  # pyright: ignore[reportArgumentType]
+        self.model = model.to(ranks.device)
+        self.wrapped: Any = deepspeed.initialize(
+            model=self.model,
+            optimizer=build_optimizer(self.model, config),  # pyright: ignore[reportArgumentType]
             config=settings,
             dist_init_required=False,
-        )
+        )[0]
+        self.optimizer = self.wrapped.optimizer
 
     def accumulate(self, loss: torch.Tensor) -> None:
         """Add the gradients of one micro-batch's mean loss, a scalar on the graph."""
@@ -188,7 +189,7 @@ class Engine:
 
     def _step_unsharded(self) -> StepResult:
         """Step at stage 0, where DeepSpeed neither measures gradients nor skips bad ones."""
-        parameters = list(self.wrapped.module.parameters())
+        parameters = list(self.model.parameters())
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
         is_finite = math.isfinite(norm)
         if not is_finite:
@@ -203,7 +204,7 @@ class Engine:
         At stage 0 every rank owns every parameter.
         """
         if self.stage == 0:
-            shards = list(self.wrapped.module.parameters())
+            shards = list(self.model.parameters())
         elif self.stage == 3:
             shards = self.optimizer.fp32_partitioned_groups_flat
         else:
@@ -227,7 +228,7 @@ class Engine:
         Yields:
             (name in the model's state dict, float32 tensor of the parameter's full shape).
         """
-        for name, parameter in self.wrapped.module.named_parameters():
+        for name, parameter in self.model.named_parameters():
             full = parameter.clone() if self.stage == 0 else safe_get_full_fp32_param(parameter)
             assert full is not None, name
             yield name, full.detach()

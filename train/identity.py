@@ -34,6 +34,8 @@ def describe_data(config: TrainConfig, view: View) -> dict[str, Any]:
         "root": str(Path(config.data.root).resolve()),
         "plan_id": view.plan_id,
         "columns": view.columns,
+        "seconds": config.data.seconds,
+        "heldout_share": config.data.heldout_share,
         "video": asdict(view.video),
         "audio": asdict(view.audio),
         "text_width": view.text_width,

@@ -79,6 +79,7 @@ class Trainer:
             rank=ranks.rank,
             num_ranks=ranks.num_ranks,
             micro_batch=config.micro_batch,
+            device=ranks.device,
         )
         return view, loader
 
@@ -115,6 +116,7 @@ class Trainer:
             else:
                 self.say(f"nothing to do: {self.step} of {self.config.steps} steps are done")
         finally:
+            self.loader.close()
             if self.sinks:
                 self.sinks.close()
 

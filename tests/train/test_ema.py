@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline import settings
 from tests.train.launch import spawn
-from train.config import OptimConfig, TrainConfig
+from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine, join_ranks
 from train.schedule import ema_decay
@@ -22,13 +23,14 @@ def small_model() -> nn.Module:
 
 
 def build(stage: int, precision: str, ranks, accumulation: int = 2) -> Engine:
-    config = TrainConfig(
-        zero_stage=stage,
-        precision=precision,
-        micro_batch=2,
-        global_batch=2 * ranks.num_ranks * accumulation,
-        optim=OptimConfig(lr=1e-2, weight_decay=0.1),
-    )
+    values = {
+        "zero_stage": stage,
+        "precision": precision,
+        "micro_batch": 2,
+        "global_batch": 2 * ranks.num_ranks * accumulation,
+        "optim": {"lr": 1e-2, "weight_decay": 0.1},
+    }
+    config = settings.build(TrainConfig, values, "test")
     return Engine(small_model(), config, ranks, accumulation)
 
 
