@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.format import read_json, write_json
+from pipeline.format import FormatError, read_json, write_json
 from pipeline.mux import write_mp4
 from pipeline.settings import ConfigError
 from tools.bouncing import ClipSettings, describe, draw_frames, draw_sound, draw_world, truth
@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.make_clips",
         description="Make clips of bouncing shapes whose impacts are heard, with known truth.",
-        epilog="The same settings with a larger --count add clips to a folder. Clips of 2 to 5 "
-        "seconds keep bouncing throughout; in longer ones the shapes come to rest.",
+        epilog="The same settings with a larger --count add clips to a folder. Beyond about "
+        "10 seconds the shapes come to rest.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write, new or grown")
@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     out, count = values.pop("out"), values.pop("count")
     try:
         num_written = make_clips(out, ClipSettings(**values), count)
-    except (ConfigError, OSError) as error:
+    except (ConfigError, FormatError, OSError) as error:
         print(f"make_clips: {error}", file=sys.stderr)
         return 1
     print(f"{out}: {num_written} clips written, {count - num_written} were there already")
