@@ -288,17 +288,18 @@ class Column:
         path = self.path / record["index"]
         try:
             index = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise FormatError(f"{path} can't be read ({error}); encode the shard again") from None
         if index.dtype != INDEX_DTYPE or index.shape != (num_rows,):
             raise FormatError(
                 f"{path} holds {index.shape} records of {index.dtype}, expected ({num_rows},) of "
                 f"{INDEX_DTYPE}; encode the shard again"
             )
-        # Compared without adding, so that a hostile offset cannot wrap around 2^64.
+        # Compared without adding, and sizes as floats (exact up to 2^53 bytes), so that hostile
+        # values cannot wrap around 2^64.
         tar_bytes = np.uint64(record["tar_bytes"])
         inside = (index["nbytes"] <= tar_bytes) & (index["offset"] <= tar_bytes - index["nbytes"])
-        shapes = index["shape"].astype(np.uint64)
+        shapes = index["shape"].astype(np.float64)
         sizes = np.where(shapes > 0, shapes, 1).prod(axis=1) * np.dtype(self.spec.dtype).itemsize
         sound = inside & (index["status"] < len(STATUSES))
         sound &= (index["status"] != OK) | (sizes == index["nbytes"])
@@ -348,8 +349,8 @@ def open_column(root: Path, directory: str, plan_id: str) -> Column:
     """
     value = read_json(root / directory / "column.json")
     known = {name: value[name] for name in ColumnSpec.__dataclass_fields__ if name in value}
-    known["axes"] = tuple(known.get("axes", ()))
     try:
+        known["axes"] = tuple(known["axes"])
         spec = ColumnSpec(**known)
         expected = spec.directory
     except (KeyError, TypeError) as error:
