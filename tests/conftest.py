@@ -1,0 +1,22 @@
+"""What all tests share: one thread per library, and where the real clips are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Test machines are small and tests start many processes: set before torch and numpy are loaded.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+
+SHARED_CLIPS = Path(__file__).resolve().parents[2] / "shared" / "clips"
+
+
+@pytest.fixture(scope="session")
+def shared_clips() -> Path:
+    """The folder of real clips beside the repository; tests that need it skip without it."""
+    if not SHARED_CLIPS.is_dir():
+        pytest.skip(f"no real clips at {SHARED_CLIPS}")
+    return SHARED_CLIPS

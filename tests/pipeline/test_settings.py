@@ -1,0 +1,181 @@
+"""Settings are what the user wrote, or an error that says what to write."""
+
+from dataclasses import FrozenInstanceError, asdict
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from pipeline.config import EncodeConfig, column_specs
+from pipeline.settings import STRICT, ConfigError, dump, load
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Optimizer:
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Run:
+    steps: int = 10
+    optimizer: Optimizer = Optimizer()
+
+
+def test_defaults_need_no_file():
+    assert load(EncodeConfig, None, []) == EncodeConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("shard_siez=3", "unknown setting 'shard_siez'; did you mean 'shard_size'?"),
+        ("video.sise=3", "unknown setting 'video.sise'; did you mean 'video.size'?"),
+        ("video.codec.chanels=3", "did you mean 'video.codec.channels'?"),
+        ("video.codec.zzz=3", "known here: name, frames, block, channels"),
+        ("zzz.size=3", "unknown setting 'zzz'; known here: "),
+    ],
+)
+def test_unknown_key_names_the_nearest(override, message):
+    with pytest.raises(ConfigError) as error:
+        load(EncodeConfig, None, [override])
+    assert message in str(error.value)
+
+
+def test_every_wrong_key_is_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        load(EncodeConfig, None, ["seeds=3", "video.fps=fast", "shard_size=0"])
+    assert all(name in str(error.value) for name in ("'seeds'", "'video.fps'", "'shard_size'"))
+
+
+def test_overrides_win_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("steps: 3\noptimizer:\n  learning_rate: 1\n")
+    run = load(Run, path, ["optimizer.learning_rate=2", "optimizer.learning_rate=3"])
+    assert run == Run(steps=3, optimizer=Optimizer(learning_rate=3.0))
+
+
+@pytest.mark.parametrize("text", ["3e-4", "3E-4", "0.0003", ".3e-3"])
+def test_small_number_is_a_number_however_it_is_written(tmp_path, text):
+    """PyYAML takes 3e-4 for a string."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"optimizer:\n  learning_rate: {text}\n")
+    assert load(Run, path, []).optimizer.learning_rate == 3e-4
+    assert load(Run, None, [f"optimizer.learning_rate={text}"]).optimizer.learning_rate == 3e-4
+
+
+def test_overrides_are_read_as_yaml():
+    config = load(EncodeConfig, None, ["columns=[audio, text]", "media=null", "--video.fps=12"])
+    assert config.columns == ("audio", "text") and config.media is None and config.video.fps == 12
+    assert load(EncodeConfig, None, ["media=a=b"]).media == "a=b"
+
+
+@pytest.mark.parametrize("text", ["shard_size", "=3", "", "seed.x=3"])
+def test_argument_that_is_no_setting_is_refused(text):
+    with pytest.raises(ConfigError):
+        load(EncodeConfig, None, ["seed=1", text])
+
+
+def test_value_out_of_range_says_name_and_value():
+    with pytest.raises(ConfigError, match=r"'optimizer\.learning_rate'.*-1"):
+        load(Run, None, ["optimizer.learning_rate=-1"])
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "7\n", "just words\n"])
+def test_file_that_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load(Run, path, [])
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"a: b: c", b"\xff\xfe\x00", b"\x00", b"1: 2"])
+def test_unreadable_file_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"run\.yaml"):
+        load(Run, path, [])
+
+
+def test_missing_file_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml.*No such file"):
+        load(Run, tmp_path / "nowhere.yaml", [])
+
+
+def test_empty_file_means_defaults(tmp_path):
+    (tmp_path / "run.yaml").write_text("# nothing\n")
+    assert load(Run, tmp_path / "run.yaml", []) == Run()
+
+
+@given(
+    st.integers(),
+    st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),
+    st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
+    st.none() | st.text().map(str.strip),
+)
+def test_dump_is_read_back_the_same(tmp_path_factory, steps, rate, betas, name):
+    run = Run(steps=steps, optimizer=Optimizer(learning_rate=rate, betas=betas, name=name))
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump(run))
+    assert load(Run, path, []) == run
+
+
+def test_dumped_encode_settings_are_read_back_the_same(tmp_path):
+    config = load(EncodeConfig, None, ["video.fps=7.5", "columns=[audio]", "media=/some/where"])
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert load(EncodeConfig, tmp_path / "config.yaml", []) == config
+    assert yaml.safe_load(dump(config))["video"]["fps"] == 7.5
+
+
+def test_settings_cannot_be_changed_later():
+    with pytest.raises(FrozenInstanceError):
+        EncodeConfig().seed = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def leaves(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+# Every codec, picture, sound and caption setting decides bytes; clip.min_seconds decides
+# which rows have any.
+BYTES = [
+    (name, value)
+    for name, value in leaves(asdict(EncodeConfig()))
+    if name.startswith(("video.", "audio.", "text.")) and not name.endswith(".name")
+]
+ALTERNATIVES = {"audio.channels": 2, "audio.codec.num_mels": 128, "audio.codec.patch": 2}
+
+
+@pytest.mark.parametrize(("name", "value"), [*BYTES, ("clip.min_seconds", 1.0)])
+def test_every_setting_that_decides_bytes_changes_its_column_only(name, value):
+    other = ALTERNATIVES.get(name, value + 1 if name != "audio.codec.fmax_hz" else 7000.0)
+    before = column_specs(EncodeConfig())
+    after = column_specs(load(EncodeConfig, None, [f"{name}={other}"]))
+    changed = {m for m in before if before[m].directory != after[m].directory}
+    expected = {"video", "audio"} if name.startswith("clip.") else {name.partition(".")[0]}
+    assert changed == expected
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "shard_size=7",
+        "seed=7",
+        "decoders=7",
+        "decode_timeout_s=7",
+        "window_mb=7",
+        "max_failed_share=0.7",
+        "media=/x",
+    ],
+)
+def test_setting_that_decides_no_bytes_changes_no_column(override):
+    before, after = EncodeConfig(), load(EncodeConfig, None, [override])
+    assert column_specs(before) == column_specs(after)
