@@ -84,13 +84,27 @@ def _folder(root: Path, config: EncodeConfig) -> Source:
 
 
 def _files(root: Path) -> list[Path]:
-    """All files below ``root``, sorted; hidden ones and links out of it are left out."""
+    """All files below ``root``, sorted; without hidden ones, dead links and links out of it."""
     found: list[Path] = []
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     inside = root.resolve()
-    return [path for path in found if not path.is_symlink() or inside in path.resolve().parents]
+
+    def leads_inside(link: Path) -> bool:
+        return link.is_file() and inside in link.resolve().parents
+
+    return [path for path in found if not path.is_symlink() or leads_inside(path)]
+
+
+def _uri(root: Path, path: Path) -> str:
+    """Return the path below ``root`` as the plan stores it, which is UTF-8."""
+    uri = path.relative_to(root).as_posix()
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"file name {uri!a} in {root} is not UTF-8; rename it") from None
+    return uri
 
 
 def _has_media(sidecar: Path) -> bool:
@@ -98,12 +112,12 @@ def _has_media(sidecar: Path) -> bool:
 
 
 def _folder_clip(root: Path, path: Path, config: EncodeConfig) -> Clip:
-    uri = path.relative_to(root).as_posix()
+    uri = _uri(root, path)
     sidecar = path.with_suffix(".txt")
     caption = ""
     if sidecar.is_file():
         try:
-            caption = sidecar.read_text(encoding="utf-8")
+            caption = sidecar.read_text(encoding="utf-8-sig")  # Windows editors put a BOM
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"caption {sidecar}: expected UTF-8 text, {error}") from None
     return Clip(
@@ -126,7 +140,7 @@ def folder_key(uri: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)
     if plain == stem and len(plain) <= 64:
         return plain
-    return f"{plain[-64:]}-{hashlib.sha256(uri.encode(errors='surrogateescape')).hexdigest()[:8]}"
+    return f"{plain[-64:]}-{hashlib.sha256(uri.encode()).hexdigest()[:8]}"
 
 
 def _unique_keys(clips: list[Clip]) -> list[Clip]:
@@ -135,8 +149,9 @@ def _unique_keys(clips: list[Clip]) -> list[Clip]:
     unique = []
     for clip in clips:
         key = clip.key
-        if key in seen:
-            key = f"{key[:64]}-{hashlib.sha256(clip.uri.encode()).hexdigest()[:8]}"
+        while key in seen:  # again where a file is named like another one's key
+            name = f"{key} {clip.uri}".encode()
+            key = f"{clip.key[:64]}-{hashlib.sha256(name).hexdigest()[:8]}"
         seen[key] = clip.uri
         unique.append(clip if key == clip.key else _renamed(clip, key))
     return unique
@@ -154,13 +169,13 @@ def _vggsound(path: Path, media: Path, config: EncodeConfig) -> Source:
     files = {file.stem: file for file in _files(media) if file.suffix.lower() in MEDIA_SUFFIXES}
     clips: dict[str, Clip] = {}
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             for line, row in enumerate(csv.reader(file, strict=True), start=1):
                 clip = _vggsound_clip(row, f"{path} line {line}", config)
                 if clip.key in clips:
                     raise ConfigError(f"{path} line {line}: {clip.key} is there twice; remove one")
                 found = files.get(clip.key)
-                uri = found.relative_to(media).as_posix() if found else f"{clip.key}.mp4"
+                uri = _uri(media, found) if found else f"{clip.key}.mp4"
                 fields = {name: getattr(clip, name) for name in Clip.__dataclass_fields__}
                 clips[clip.key] = Clip(**{**fields, "uri": uri})
     except (OSError, UnicodeDecodeError, csv.Error) as error:
