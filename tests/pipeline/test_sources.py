@@ -1,0 +1,290 @@
+"""Listing a source: every media file once, under a key that a tar can hold, or a clear error."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import EncodeConfig
+from pipeline.format import check_key
+from pipeline.settings import ConfigError
+from pipeline.sources import MEDIA_SUFFIXES, folder_key, open_source
+
+
+def put(root, *names, content="x"):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+
+def listed(root, **config):
+    return open_source(root, EncodeConfig(**config))
+
+
+def uris(source):
+    return sorted(clip.uri for clip in source.clips)
+
+
+# -- folders
+
+
+def test_folder_is_searched_to_the_bottom_for_media_of_any_case(tmp_path):
+    names = [f"{'d/' * depth}clip{depth}{suffix}" for depth, suffix in enumerate(MEDIA_SUFFIXES)]
+    put(tmp_path, *names, "UPPER.MP4", "Mixed.MkV")
+    put(tmp_path, "readme.md", "sound.wav", "noextension", "mp4")
+    source = listed(tmp_path)
+    assert uris(source) == sorted([*names, "UPPER.MP4", "Mixed.MkV"])
+    assert source.num_skipped == 4 and source.kind == "folder"
+    assert all((source.root / clip.uri).is_file() for clip in source.clips)
+
+
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    put(tmp_path, "a.mp4", ".b.mp4", "._a.mp4", ".trash/c.mp4", "in/.cache/d.mp4")
+    assert uris(listed(tmp_path)) == ["a.mp4"]
+
+
+def test_hidden_root_is_searched(tmp_path):
+    put(tmp_path / ".data", "a.mp4")
+    assert uris(listed(tmp_path / ".data")) == ["a.mp4"]
+
+
+def test_links_out_of_the_root_are_left_out_and_links_inside_stay(tmp_path):
+    root = tmp_path / "root"
+    put(root, "in/a.mp4")
+    put(tmp_path, "outside/b.mp4")
+    (root / "out.mp4").symlink_to(tmp_path / "outside" / "b.mp4")
+    (root / "folder").symlink_to(tmp_path / "outside")
+    (root / "again.mp4").symlink_to("in/a.mp4")
+    (root / "up").symlink_to("..")
+    assert uris(listed(root)) == ["again.mp4", "in/a.mp4"]
+
+
+def test_link_to_itself_is_left_out(tmp_path):
+    put(tmp_path, "a.mp4")
+    (tmp_path / "loop.mp4").symlink_to("loop.mp4")
+    assert uris(listed(tmp_path)) == ["a.mp4"]
+
+
+def test_root_that_is_a_link_is_searched(tmp_path):
+    put(tmp_path / "real", "a.mp4")
+    (tmp_path / "real" / "b.mp4").symlink_to("a.mp4")
+    (tmp_path / "link").symlink_to("real")
+    assert uris(listed(tmp_path / "link")) == ["a.mp4", "b.mp4"]
+
+
+def test_caption_is_the_text_beside_the_clip_on_one_line(tmp_path):
+    put(tmp_path, "a.mp4", "b.mp4", "c.mp4", "c.json", "notes.txt")
+    put(tmp_path, "a.txt", content="\ufeff  A dog\n  barks.\r\n")
+    put(tmp_path, "b.txt", content="")
+    source = listed(tmp_path)
+    assert {c.key: c.caption for c in source.clips} == {"a": "A dog barks.", "b": "", "c": ""}
+    assert source.num_skipped == 1  # notes.txt belongs to no clip
+
+
+def test_caption_that_is_no_text_is_refused_by_name(tmp_path):
+    put(tmp_path, "a.mp4")
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"a\.txt.*UTF-8"):
+        listed(tmp_path)
+
+
+def test_label_is_the_parent_folder(tmp_path):
+    put(tmp_path, "a.mp4", "dog/b.mp4", "animals/cat meows/c.mp4")
+    labels = {clip.uri: clip.label for clip in listed(tmp_path).clips}
+    assert labels == {"a.mp4": "", "dog/b.mp4": "dog", "animals/cat meows/c.mp4": "cat meows"}
+
+
+def test_clip_is_the_first_seconds_of_its_file(tmp_path):
+    put(tmp_path, "a.mp4")
+    (clip,) = listed(tmp_path, clip={"seconds": 4.5}).clips
+    assert (clip.start_s, clip.duration_s, clip.split) == (0.0, 4.5, "train")
+
+
+def test_plain_names_are_their_own_keys(tmp_path):
+    put(tmp_path, "-26aVYRtEAc_000030.mp4", "A_b-9.mkv")
+    assert {clip.key for clip in listed(tmp_path).clips} == {"-26aVYRtEAc_000030", "A_b-9"}
+
+
+def test_files_that_differ_in_suffix_folder_or_odd_characters_have_different_keys(tmp_path):
+    put(tmp_path, "a.mp4", "a.mkv", "a.MP4", "x/a.mp4", "x_a.mp4", "y/a.mp4", "a b.mp4", "a+b.mp4")
+    put(tmp_path, "ä.mp4", "犬.mp4", "猫.mp4", "a.b.mp4", f"{'long' * 40}.mp4", "new\nline.mp4")
+    clips = listed(tmp_path).clips
+    assert len({check_key(clip.key) for clip in clips}) == len(clips) == 14
+
+
+def test_key_made_for_one_file_is_not_taken_from_another(tmp_path):
+    """A name that looks like the key of another file must not end as the same key."""
+    put(tmp_path, "a.mkv", "a.mp4", "x/b.mp4")
+    for key in [clip.key for clip in listed(tmp_path).clips if clip.key != "a"]:
+        put(tmp_path, f"{key}.mp4")
+    clips = listed(tmp_path).clips
+    assert len({clip.key for clip in clips}) == len(clips) == 5
+
+
+NAMES = st.text(
+    st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=30
+).filter(lambda name: not name.startswith(".") and len(name.encode()) < 200)
+
+
+@given(
+    st.sets(
+        st.tuples(
+            st.lists(NAMES, max_size=1).map(tuple), NAMES, st.sampled_from([".mp4", ".mkv", ".MP4"])
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_keys_are_unique_whatever_the_names(tmp_path_factory, found):
+    root = tmp_path_factory.mktemp("named")
+    wanted = {"/".join([*folders, name + suffix]) for folders, name, suffix in found}
+    for uri in wanted:
+        put(root, uri)
+    clips = listed(root).clips
+    assert {clip.uri for clip in clips} == wanted
+    assert len({check_key(clip.key) for clip in clips}) == len(wanted)
+
+
+@given(NAMES, NAMES)
+def test_folder_key_tells_paths_apart(one, other):
+    keys = [folder_key(f"{name}.mp4") for name in (one, other)]
+    assert (keys[0] == keys[1]) == (one == other)
+    for key in keys:
+        check_key(key)
+
+
+def test_key_does_not_depend_on_files_elsewhere(tmp_path):
+    put(tmp_path, "x/a.mp4", "b.mp4")
+    before = {clip.uri: clip.key for clip in listed(tmp_path).clips}
+    put(tmp_path, "a.mp4", "0/b.mp4", "x/b.mp4")
+    after = {clip.uri: clip.key for clip in listed(tmp_path).clips}
+    assert before.items() <= after.items()
+
+
+def test_name_that_is_no_unicode_is_refused_by_name(tmp_path):
+    put(tmp_path, "a.mp4")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe.mp4")).touch()
+    with pytest.raises(ConfigError, match=r"udcff.*rename"):
+        listed(tmp_path)
+
+
+def test_folder_without_media_says_what_it_looked_for(tmp_path):
+    put(tmp_path, "a.txt", "b.wav")
+    with pytest.raises(ConfigError, match=r"no media among 2 files.*\.mp4"):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a.mp4"])
+def test_source_that_is_neither_folder_nor_csv_is_refused(tmp_path, name):
+    put(tmp_path, "a.mp4")
+    with pytest.raises(ConfigError, match=f"--src .*{name}"):
+        listed(tmp_path / name)
+
+
+def test_real_folders_are_listed_with_labels(shared_clips):
+    source = listed(shared_clips / "folders")
+    assert len(source.clips) == 18
+    assert {clip.label for clip in source.clips} == {
+        "baby", "dog", "drum", "fireworks", "unlabelled"
+    }  # fmt: skip
+
+
+# -- VGGSound
+
+
+def vggsound(root, text, *media):
+    root.mkdir(exist_ok=True)
+    put(root, *media)
+    (root / "vggsound.csv").write_text(text, encoding="utf-8")
+    return root
+
+
+GOOD = "-26aVYRtEAc,30,female singing,train\n"
+
+
+def test_real_vggsound_sample_is_listed(shared_clips):
+    source = listed(shared_clips / "vggsound")
+    assert source.kind == "vggsound" and len(source.clips) == 17 and source.num_skipped == 0
+    assert all((source.root / clip.uri).is_file() for clip in source.clips)
+    clips = {clip.key: clip for clip in source.clips}
+    assert clips["-Qowmc0P9ic_000034"].label == "playing bass drum"
+    assert clips["-Qowmc0P9ic_000034"].split == "test"
+    assert {clip.start_s for clip in source.clips} == {0.0}
+
+
+def test_the_whole_vggsound_list_is_read(shared_clips, tmp_path):
+    source = listed(shared_clips / "vggsound_rows.csv", media=str(tmp_path))
+    assert len(source.clips) > 100_000
+    assert {clip.split for clip in source.clips} == {"train", "test"}
+
+
+def test_csv_or_its_folder_is_the_same_source(tmp_path):
+    vggsound(tmp_path, GOOD, "video/-26aVYRtEAc_000030.mp4")
+    assert listed(tmp_path) == listed(tmp_path / "vggsound.csv")
+
+
+def test_clip_without_a_file_stays_with_the_expected_name(tmp_path):
+    source = listed(vggsound(tmp_path, GOOD + "0DCit2EBtjs,5,a,test\n", "0DCit2EBtjs_000005.webm"))
+    assert {clip.key: clip.uri for clip in source.clips} == {
+        "-26aVYRtEAc_000030": "-26aVYRtEAc_000030.mp4",
+        "0DCit2EBtjs_000005": "0DCit2EBtjs_000005.webm",
+    }
+
+
+def test_media_may_be_elsewhere_and_in_folders(tmp_path):
+    vggsound(tmp_path / "lists", GOOD)
+    put(tmp_path / "media", "part0/-26aVYRtEAc_000030.MP4", "part0/other.mp4")
+    source = listed(tmp_path / "lists", media=str(tmp_path / "media"))
+    assert uris(source) == ["part0/-26aVYRtEAc_000030.MP4"] and source.num_skipped == 1
+    assert source.root == tmp_path / "media"
+    with pytest.raises(ConfigError, match="nowhere"):
+        listed(tmp_path / "lists", media=str(tmp_path / "nowhere"))
+
+
+def test_caption_and_label_are_the_third_column(tmp_path):
+    text = '-26aVYRtEAc, 30 ,"people whispering, softly",train\n'
+    (clip,) = listed(vggsound(tmp_path, text)).clips
+    assert clip.caption == clip.label == "people whispering, softly"
+    assert clip.key == "-26aVYRtEAc_000030"
+
+
+def test_csv_saved_by_a_spreadsheet_is_read(tmp_path):
+    (clip,) = listed(vggsound(tmp_path, "\ufeff" + GOOD.replace("\n", "\r\n"))).clips
+    assert (clip.key, clip.split) == ("-26aVYRtEAc_000030", "train")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("-26aVYRtEAc,30,female singing", "3 fields"),
+        ("-26aVYRtEAc,30,a,b,train", "5 fields"),
+        ("", "0 fields"),
+        ("-26aVYRtEAc,30.5,a,train", "start '30.5'"),
+        ("-26aVYRtEAc,-3,a,train", "start '-3'"),
+        ("-26aVYRtEAc,,a,train", "start ''"),
+        ("-26aVYRtEAc,1234567,a,train", "start '1234567'"),
+        ("../../etc/passwd,3,a,train", "id '../../etc/passwd'"),
+        ("a.b,3,a,train", "id 'a.b'"),
+        (",3,a,train", "id ''"),
+        ("0DCit2EBtjs,3,a,", "split ''"),
+        ("0DCit2EBtjs,030,female singing,test\n0DCit2EBtjs,30,x,test", "is there twice"),
+        ("youtube_id,start,label,split", "start 'start'"),
+    ],
+)
+def test_bad_row_names_file_line_and_fault(tmp_path, row, message):
+    vggsound(tmp_path, GOOD + row + "\n" + "6zlMP_kQ_-w,30,playing harp,test\n")
+    line = 2 + row.count("\n")
+    with pytest.raises(ConfigError, match=rf"vggsound\.csv line {line}: .*{re.escape(message)}"):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"a,3,\xff,train\n", b'-26aVYRtEAc,30,"open,train\n'])
+def test_csv_that_cannot_be_read_is_refused_by_name(tmp_path, content):
+    (tmp_path / "vggsound.csv").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"vggsound\.csv"):
+        listed(tmp_path)
