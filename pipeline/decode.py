@@ -114,8 +114,8 @@ def decode_clip(path: Path, clip: Clip, settings: DecodeSettings, wanted: set[st
     duration_s, cut_short = _common_span(probed, clip)
     facts["duration_s"] = duration_s
     for modality in {"video", "audio"} - set(problems):
-        if cut_short and cut_short[0] == modality:
-            problems[modality] = ("truncated", cut_short[1])
+        if modality in cut_short:
+            problems[modality] = ("truncated", cut_short[modality])
         elif duration_s < COMPLETE_SHARE * settings.min_seconds:
             problems[modality] = (
                 "too_short",
@@ -249,9 +249,9 @@ def _audio_probe(stream: Any, packets: list[Any]) -> AudioProbe | None:
     )
 
 
-def _common_span(probed: Probe, clip: Clip) -> tuple[float, tuple[str, str] | None]:
-    """Return the clip's real length, and (modality, message) where a damaged file cut it."""
-    duration_s, cut_short = clip.duration_s, None
+def _common_span(probed: Probe, clip: Clip) -> tuple[float, dict[str, str]]:
+    """Return the clip's real length, and modality -> message where a damaged file cut it."""
+    duration_s, cut_short = clip.duration_s, dict[str, str]()
     for modality, stream in (("video", probed.video), ("audio", probed.audio)):
         if stream is None:
             continue
@@ -260,10 +260,9 @@ def _common_span(probed: Probe, clip: Clip) -> tuple[float, tuple[str, str] | No
         declared_s = start_s + stream.declared_s - probed.zero_s - clip.start_s
         expected_s = min(clip.duration_s, declared_s)
         if there_s < COMPLETE_SHARE * expected_s:
-            cut_short = (
-                modality,
+            cut_short[modality] = (
                 f"{modality} ends after {max(there_s, 0):.2f} s, its header promises "
-                f"{expected_s:.2f} s: the file is cut off",
+                f"{expected_s:.2f} s: the file is cut off"
             )
         duration_s = min(duration_s, there_s)
     return max(duration_s, 0.0), cut_short

@@ -31,7 +31,10 @@ class RunReport:
         self._shard_statuses: Counter[str] = Counter()
         self._started = time.time()
         self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
-        self._bar = tqdm(total=num_clips, unit="clip", file=sys.stderr, mininterval=0.5)
+        interval_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line every 10 s
+        self._bar = tqdm(
+            total=num_clips, unit="clip", file=sys.stderr, delay=0.1, mininterval=interval_s
+        )
         self._columns: set[str] = set()
         self._encode_s = 0.0
 

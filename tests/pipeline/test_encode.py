@@ -1,0 +1,291 @@
+"""The encode command as a user runs it: real Ray, real files, real kills."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+
+from pipeline import format as fmt
+
+SETTINGS = ["shard_size=4", "video.size=64", "video.fps=16", "clip.seconds=2", "decoders=1"]
+RUN_TIMEOUT_S = 180
+
+
+def encode(src, out, *arguments, settings=SETTINGS):
+    """Run the command to its end."""
+    command = [sys.executable, "-m", "pipeline.encode", "--src", str(src), "--out", str(out)]
+    return subprocess.run(
+        [*command, *arguments, *settings],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+    )
+
+
+def start_encode(src, out):
+    """Start the command in a process group of its own, as a terminal does."""
+    command = [sys.executable, "-m", "pipeline.encode", "--src", str(src), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, *SETTINGS],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_commits(out, count, process):
+    """Wait until the video column has ``count`` commits; fail if the run ends before."""
+    end = time.monotonic() + RUN_TIMEOUT_S
+    while len(list(out.glob("video@*/0*.json"))) < count:
+        assert process.poll() is None, f"the run ended early: {process.communicate()}"
+        assert time.monotonic() < end, "no commit came"
+        time.sleep(0.02)
+
+
+def payload_hashes(out):
+    """Return path -> SHA-256 of every tar and index."""
+    return {
+        str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for pattern in ("*@*/*.tar", "*@*/*.npy")
+        for path in sorted(out.glob(pattern))
+    }
+
+
+def all_files(out):
+    """Return path -> (content hash, mtime) of everything but the folders of the runs."""
+    return {
+        str(path.relative_to(out)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(out.rglob("*"))
+        if path.is_file() and "runs" not in path.relative_to(out).parts
+    }
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of 24 rendered clips and three files that can't become latents."""
+    folder = tmp_path_factory.mktemp("source") / "clips"
+    command = [sys.executable, "-m", "tools.make_clips", "--out", str(folder), "--count", "24"]
+    subprocess.run(command, check=True, capture_output=True, timeout=RUN_TIMEOUT_S)
+    (folder / "clip-000003.mp4").write_bytes(b"<html>not a movie</html>")
+    whole = (folder / "clip-000005.mp4").read_bytes()
+    (folder / "clip-000005.mp4").write_bytes(whole[: len(whole) // 2])
+    (folder / "notes.pdf").write_bytes(b"skipped")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(clips, tmp_path_factory):
+    """An undisturbed run."""
+    out = tmp_path_factory.mktemp("dataset") / "shards"
+    done = encode(clips, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_plain_webdataset_reads_every_column(dataset):
+    for name in fmt.column_directories(dataset):
+        modality = name.partition("@")[0]
+        tars = sorted(str(path) for path in (dataset / name).glob("*.tar"))
+        samples = list(webdataset.WebDataset(tars, shardshuffle=False).decode())
+        records = [
+            json.loads(path.read_text()) for path in sorted((dataset / name).glob("0*.json"))
+        ]
+        assert len(samples) == sum(record["ok"] for record in records) > 0
+        for sample in samples:
+            assert sample[f"{modality}.npy"].dtype == np.float16
+
+
+def test_rows_are_the_plans_clips_and_bad_clips_are_tombstones(dataset, clips):
+    plan = fmt.read_plan(dataset)
+    table = pq.read_table(dataset / "plan.parquet").to_pylist()
+    assert sorted(row["uri"] for row in table) == [f"clip-{i:06d}.mp4" for i in range(24)]
+    assert {row["caption"] for row in table} == {
+        path.read_text().strip() for path in clips.glob("*.txt")
+    }
+    for modality in ("video", "audio"):
+        column = fmt.find_column(dataset, modality, None, plan.plan_id)
+        for shard, rows in enumerate(plan.shard_rows().tolist()):
+            keys = [row["key"] for row in table if row["shard"] == shard]
+            index = column.index(shard, rows)
+            statuses = [fmt.STATUSES[code] for code in index["status"]]
+            for key, status in zip(keys, statuses, strict=True):
+                damaged = key in ("clip-000003", "clip-000005")
+                assert (status != "ok") == damaged, (key, status)
+            assert column.commit(shard)["keys_hash"] == fmt.keys_hash(keys)
+
+
+def test_facts_say_what_was_wrong(dataset):
+    facts = [
+        row for path in dataset.glob("facts@*/*.parquet") for row in pq.read_table(path).to_pylist()
+    ]
+    assert len(facts) == 24
+    by_key = {row["key"]: row for row in facts}
+    assert by_key["clip-000003"]["status"] == "unreadable"
+    assert by_key["clip-000005"]["status"] == "truncated"
+    assert by_key["clip-000003"]["message"]
+    assert by_key["clip-000000"]["duration_s"] == pytest.approx(2.0, abs=0.05)
+
+
+def test_a_finished_run_does_nothing_again(dataset, clips):
+    before = all_files(dataset)
+    done = encode(clips, dataset)
+    assert done.returncode == 0
+    assert "0 shards to encode" in done.stderr
+    assert all_files(dataset) == before
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(dataset, clips, tmp_path):
+    out = tmp_path / "shards"
+    process = start_encode(clips, out)
+    wait_for_commits(out, 2, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(list(out.glob("video@*/0*.json"))) < 6, "killed too late to show anything"
+    done = encode(clips, out)
+    assert done.returncode == 0, done.stderr
+    assert payload_hashes(out) == payload_hashes(dataset)
+    assert not list(out.glob("*@*/.*")), "temporaries of the killed run are left"
+
+
+def test_ctrl_c_keeps_commits_and_says_how_to_go_on(clips, tmp_path):
+    out = tmp_path / "shards"
+    process = start_encode(clips, out)
+    wait_for_commits(out, 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Go on with: python -m pipeline.encode --src" in errors
+    assert "Traceback" not in errors
+    committed = len(list(out.glob("video@*/0*.json")))
+    assert 1 <= committed < 6
+    assert len(list(out.glob("video@*/0*.tar"))) == committed
+
+
+def test_a_second_audio_setting_adds_one_column_and_touches_nothing(dataset, clips, tmp_path):
+    out = tmp_path / "shards"
+    shutil.copytree(dataset, out)
+    before = all_files(out)
+    done = encode(clips, out, "--columns", "audio", settings=[*SETTINGS, "audio.codec.channels=12"])
+    assert done.returncode == 0, done.stderr
+    after = all_files(out)
+    assert {path: after[path] for path in before} == before
+    added = {path.split("/")[0] for path in set(after) - set(before)}
+    assert len(added) == 1
+    assert added.pop().startswith("audio@logmel-")
+    assert len(fmt.column_directories(out, "audio")) == 2
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(clips, tmp_path):
+    out = tmp_path / "small"
+    out.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(out)],
+        check=False,
+        capture_output=True,
+    )
+    if mounted.returncode:
+        pytest.skip("a small tmpfs can't be mounted here (needs root)")
+    try:
+        done = encode(clips, out / "shards")
+        assert done.returncode == 1
+        assert "no room" in done.stderr.lower()
+        assert "Traceback" not in done.stderr
+        for tar in (out / "shards").glob("video@*/*.tar"):
+            assert tar.with_suffix(".json").exists()
+    finally:
+        subprocess.run(["umount", "-l", str(out)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--src", "{empty}", "--out", "{out}"], "no media"),
+        (["--src", "{absent}", "--out", "{out}"], "no such file or folder"),
+        (["--src", "{csv}", "--out", "{out}"], "bad.csv line 2"),
+        (["--src", "{clips}", "--out", "{out}", "shard_sise=4"], "did you mean 'shard_size'?"),
+        (["--src", "{clips}", "--out", "{out}", "video.fsp=4"], "did you mean 'video.fps'?"),
+        (["--src", "{clips}", "--out", "{other}"], "neither empty nor a data set"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(clips, tmp_path, arguments, expected):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "readme.pdf").write_text("no media here")
+    (tmp_path / "bad.csv").write_text(
+        "-26aVYRtEAc,30,female singing,train\n0B4dYTMsgHA,x,a,train\n"
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.doc").write_text("precious")
+    places = {
+        "empty": tmp_path / "empty",
+        "absent": tmp_path / "absent",
+        "csv": tmp_path / "bad.csv",
+        "clips": clips,
+        "out": tmp_path / "out",
+        "other": tmp_path / "other",
+    }
+    command = [argument.format(**places) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.encode", *command],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.doc"]
+
+
+def test_another_plan_is_refused_and_named(dataset, clips):
+    before = all_files(dataset)
+    settings = ["shard_size=5", *SETTINGS[1:]]
+    done = encode(clips, dataset, settings=settings)
+    assert done.returncode == 1
+    assert "shard_size 4 there, 5 now" in done.stderr
+    assert all_files(dataset) == before
+
+
+def test_a_wrong_path_does_not_make_an_empty_data_set_quietly(tmp_path):
+    (tmp_path / "rows.csv").write_text("".join(f"id{i:09d},0,label,train\n" for i in range(5)))
+    done = encode(tmp_path / "rows.csv", tmp_path / "out")
+    assert done.returncode == 1
+    assert "missing 5" in done.stdout
+    assert "max_failed_share" in done.stderr
+
+
+def test_the_real_clips_are_all_ok(shared_clips, tmp_path):
+    done = encode(shared_clips / "vggsound", tmp_path / "out", settings=["shard_size=8"])
+    assert done.returncode == 0, done.stderr
+    root = tmp_path / "out"
+    plan = fmt.read_plan(root)
+    for modality in ("video", "audio"):
+        column = fmt.find_column(root, modality, None, plan.plan_id)
+        records = [column.commit(shard) for shard in sorted(column.committed_shards())]
+        assert [sum(r["ok"] for r in records), sum(r["rows"] for r in records)] == [17, 17]
+
+
+def test_every_hard_clip_ends_with_a_typed_status(shared_clips, tmp_path):
+    done = encode(shared_clips / "hard", tmp_path / "out", settings=["max_failed_share=1"])
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "out").glob("facts@*/000000.parquet")
+    facts = pq.read_table(path).to_pylist()
+    assert len(facts) == 66
+    for row in facts:
+        assert row["status"] in fmt.STATUSES
+        assert bool(row["message"]) == (row["status"] != "ok"), row["key"]
+        assert row["status"] not in ("decode_timeout", "decode_crash"), row["key"]

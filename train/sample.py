@@ -1,0 +1,275 @@
+"""``python -m train.sample --checkpoint RUN --task v2a --data shards/ --num 4 --out out/``.
+
+Draws clips of a data set, generates what the task generates from what it gives, decodes both
+through the columns' codecs and writes mp4 files and a gallery page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from pipeline.codecs import Codec, build_codec
+from pipeline.format import Column, FormatError, write_json
+from pipeline.gallery import Entry, Take, media_path, write_gallery
+from pipeline.settings import ConfigError
+from train.checkpoint import TrainedModel, load_model_for_sampling
+from train.data import DataConfig, View, open_view
+from train.data.payload import PayloadReader
+from train.errors import ResumeError
+from train.objective import Task, sample, standardise, task_by_name, unstandardise
+from train.objective.tasks import GENERATED, GIVEN
+from train.rng import seed_of
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One clip drawn for sampling: its place, its text and its stored latents from second 0."""
+
+    key: str
+    uri: str
+    start_s: float
+    caption: str
+    video: torch.Tensor
+    audio: torch.Tensor
+    text: torch.Tensor
+
+
+def main() -> None:
+    """Parse the command line, sample, and turn expected errors into one line and exit 1."""
+    arguments = parse(sys.argv[1:])
+    try:
+        page = run(arguments)
+    except (ConfigError, FormatError, ResumeError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        sys.exit(f"error:{where}: {error.strerror or error}")
+    print(f"gallery: {page}")
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.sample",
+        description="Generate clips with sound from a checkpoint, as mp4 files and a gallery.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, help="run_dir, or a step_* in it")
+    parser.add_argument("--task", required=True, help="t2av, v2a or a2v")
+    parser.add_argument("--data", type=Path, help="data set (default: the one of the training)")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the result")
+    parser.add_argument("--num", type=int, default=4, help="clips to draw (default 4)")
+    parser.add_argument(
+        "--subset",
+        choices=("heldout", "train", "all"),
+        default="heldout",
+        help="draw from the clips that training never sees (default), its own, or all",
+    )
+    parser.add_argument("--steps", type=int, default=25, help="Euler steps (default 25)")
+    parser.add_argument("--guidance", type=float, default=1.5, help="1 = none (default 1.5)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw and of the noise")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args(argv)
+    for name, least in (("num", 1), ("steps", 1), ("guidance", 0)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} {getattr(arguments, name)}: expected at least {least}")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> Path:
+    """Sample and write everything; return the gallery's path.
+
+    Raises:
+        ConfigError: no such task, or no clip in the subset.
+        ResumeError: no complete checkpoint.
+        FormatError: the data set lacks the columns that the model was trained on.
+    """
+    task = task_by_name(arguments.task)
+    trained = load_model_for_sampling(arguments.checkpoint)
+    view = matching_view(trained, arguments.data or trained.root, arguments.subset)
+    clips = draw(view, min(arguments.num, view.num_clips), arguments.seed)
+    model = trained.build(arguments.device)
+    codecs = {
+        modality: build_codec(column.spec.codec, column.spec.preprocessing)
+        for modality, column in view.opened.items()
+        if modality != "text"
+    }
+    entries = []
+    for first in range(0, len(clips), BATCH):
+        batch = clips[first : first + BATCH]
+        generated = generate(model, trained, task, batch, view.null_text, arguments)
+        for clip, video, audio in zip(batch, *generated, strict=True):
+            entries.append(entry(clip, task, video, audio, codecs, view.opened))
+    note = (
+        f"{arguments.checkpoint}, step {trained.step}; {arguments.subset} clips of "
+        f"{arguments.data or trained.root}; {arguments.steps} Euler steps, guidance "
+        f"{arguments.guidance:g}, seed {arguments.seed}. Source: the stored latents, decoded."
+    )
+    page = write_gallery(arguments.out, f"{task.name} samples", note, entries)
+    write_json(arguments.out / "samples.json", describe(task, clips, trained, arguments))
+    return page
+
+
+def matching_view(trained: TrainedModel, root: Path, subset: Any) -> View:
+    """Open the columns that the model was trained on, in any data set that has them."""
+    config = DataConfig(
+        root=str(root),
+        **trained.columns,
+        seconds=trained.seconds,
+        heldout_share=trained.heldout_share,
+        missing="drop",
+    )
+    multiple = {
+        "video": trained.config.video_patch[0] or 1,
+        "audio": trained.config.audio_patch[0] or 1,
+    }
+    view = open_view(root, config, subset, multiple)
+    for spec, expected in ((view.video, trained.video), (view.audio, trained.audio)):
+        if spec.shape != expected.shape:
+            raise FormatError(
+                f"{root}: {spec.modality} crops are {spec.shape}, the model of {trained.folder} "
+                f"was trained on {expected.shape}; use a data set of that size"
+            )
+    return view
+
+
+def draw(view: View, num: int, seed: int) -> list[Drawn]:
+    """Choose ``num`` clips by the seed and read them from second 0."""
+    places = np.random.default_rng(seed_of(seed, "draw")).permutation(view.num_clips)[:num]
+    readers = {m: PayloadReader(column, 8, verify_crc=True) for m, column in view.opened.items()}
+    wanted = ["key", "uri", "start_s", "caption"]
+    plan = pq.read_table(view.opened["video"].path.parent / "plan.parquet", columns=wanted)
+    by_key = {row["key"]: row for row in plan.to_pylist()}
+    text_ends = np.cumsum(view.text_rows_per_shard)
+
+    def read(modality: str, shard: int, row: int, record: Any, length: int | None) -> torch.Tensor:
+        latent = readers[modality].read_row(shard, row, modality, record)
+        return torch.from_numpy(latent[:length])
+
+    drawn = []
+    for place in places.tolist():
+        shard, row = int(view.clips.shards[place]), int(view.clips.rows[place])
+        caption = int(view.clips.text_rows[place])
+        text_shard = int(np.searchsorted(text_ends, caption, side="right"))
+        text_row = caption - int(text_ends[text_shard] - view.text_rows_per_shard[text_shard])
+        drawn.append(
+            Drawn(
+                **by_key[view.clips.keys[place]],
+                video=read("video", shard, row, view.index["video"][place], view.video.shape[0]),
+                audio=read("audio", shard, row, view.index["audio"][place], view.audio.shape[0]),
+                text=read("text", text_shard, text_row, view.index["text"][caption], None),
+            )
+        )
+    return drawn
+
+
+def generate(
+    model: Any,
+    trained: TrainedModel,
+    task: Task,
+    clips: list[Drawn],
+    null_text: torch.Tensor,
+    arguments: argparse.Namespace,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the task on a batch of clips; return unscaled float32 latents on the CPU."""
+    device = torch.device(arguments.device)
+    stored = {m: torch.stack([getattr(clip, m) for clip in clips]) for m in ("video", "audio")}
+    specs = (trained.video, trained.audio)
+    given = tuple(
+        standardise(stored[spec.modality].to(device), spec) if role == GIVEN else None
+        for spec, role in zip(specs, (task.video, task.audio), strict=True)
+    )
+    text = torch.nn.utils.rnn.pad_sequence([clip.text for clip in clips], batch_first=True)
+    lengths = torch.tensor([len(clip.text) for clip in clips])
+    mask = torch.arange(text.shape[1]) < lengths[:, None]
+    latents = sample(
+        model,
+        task,
+        (given[0], given[1]),
+        text.to(device),
+        mask.to(device),
+        null_text.to(device),
+        specs,
+        trained.flow,
+        arguments.steps,
+        arguments.guidance,
+        arguments.seed,
+        [clip.key for clip in clips],
+    )
+    video, audio = (unstandardise(x, s).cpu() for x, s in zip(latents, specs, strict=True))
+    # A given modality is returned as stored, without the rounding of scaling it back and forth.
+    if task.video == GIVEN:
+        video = stored["video"].float()
+    if task.audio == GIVEN:
+        audio = stored["audio"].float()
+    return video, audio
+
+
+def entry(
+    clip: Drawn,
+    task: Task,
+    video: torch.Tensor,
+    audio: torch.Tensor,
+    codecs: dict[str, Codec],
+    columns: dict[str, Column],
+) -> Entry:
+    """Decode the stored and the generated latents of a clip for the gallery."""
+    fps = float(columns["video"].spec.preprocessing["fps"])
+    sample_rate = int(columns["audio"].spec.preprocessing["sample_rate"])
+
+    def take(name: str, title: str, video: torch.Tensor, audio: torch.Tensor) -> Take:
+        frames = codecs["video"].decode([video.float().numpy()])[0]
+        sound = codecs["audio"].decode([audio.float().numpy()])[0]
+        return Take(name, title, frames, fps, sound, sample_rate)
+
+    made = [name for name in ("video", "audio") if getattr(task, name) == GENERATED]
+    title = f"{task.name}: generated {' and '.join(made)}"
+    takes = (
+        take("source", "source", clip.video, clip.audio),
+        take(take_name(task), title, video, audio),
+    )
+    return Entry(clip.key, clip.caption, takes)
+
+
+def take_name(task: Task) -> str:
+    """Return the name of a generated take, as in its file's name."""
+    return task.name.lower()
+
+
+def describe(
+    task: Task, clips: list[Drawn], trained: TrainedModel, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return samples.json: what was drawn and where its files are."""
+    return {
+        "task": task.name.lower(),
+        "checkpoint": str(trained.folder),
+        "step": trained.step,
+        "steps": arguments.steps,
+        "guidance": arguments.guidance,
+        "seed": arguments.seed,
+        "subset": arguments.subset,
+        "clips": [
+            {
+                "key": clip.key,
+                "uri": clip.uri,
+                "start_s": clip.start_s,
+                "caption": clip.caption,
+                "source": media_path(clip.key, "source"),
+                "generated": media_path(clip.key, take_name(task)),
+            }
+            for clip in clips
+        ],
+    }
+
+
+if __name__ == "__main__":
+    main()
