@@ -8,7 +8,7 @@ be scored without a listener (`tools.score_onsets`).
     clip-000000.mp4    picture and sound
     clip-000000.txt    the caption
     clip-000000.json   the truth: objects, and the time, speed and loudness of every impact
-    clips.json         the settings that all clips of the folder were made with
+    .clips.json        the settings that all clips of the folder were made with
 
 Clip i depends on the settings and i alone, so that a folder can grow. The world itself is in
 `tools.bouncing`.
@@ -53,7 +53,7 @@ def open_folder(out: Path, settings: ClipSettings) -> None:
         ConfigError: it holds something else.
     """
     out.mkdir(parents=True, exist_ok=True)
-    record = out / "clips.json"
+    record = out / ".clips.json"  # hidden: readers of the folder look for media
     if record.exists():
         found = read_json(record)
         other = [f"{k} {found.get(k)}" for k, v in asdict(settings).items() if found.get(k) != v]
@@ -63,7 +63,7 @@ def open_folder(out: Path, settings: ClipSettings) -> None:
                 "repeat those to add clips, or choose another --out"
             )
     elif any(out.iterdir()):
-        raise ConfigError(f"{out} is not empty and has no clips.json; choose another --out")
+        raise ConfigError(f"{out} is not empty and has no .clips.json; choose another --out")
     else:
         write_json(record, asdict(settings))
 
