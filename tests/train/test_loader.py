@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 import logging
 import threading
 from pathlib import Path
@@ -259,8 +260,13 @@ def test_close_ends_threads_and_closes_tars(view: View) -> None:
 def test_batch_sizes_that_do_not_fit_are_refused(view: View) -> None:
     with pytest.raises(ConfigError, match="no multiple of micro_batch 3 × 2 ranks"):
         loader_of(view, micro_batch=3, num_ranks=2)
-    with pytest.raises(ConfigError, match="43 usable clips"):
-        loader_of(view, global_batch=44, micro_batch=44)
+
+
+def test_fewer_clips_than_a_batch_are_repeated(view: View) -> None:
+    with loader_of(view, global_batch=86, micro_batch=86) as loader:
+        counts = Counter(next(loader).keys)
+    assert len(counts) == 43
+    assert set(counts.values()) == {2}
 
 
 # Damage that happened after the view was opened, or that its checks of sizes can't see.

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from pipeline.settings import ConfigError
-from train.data.order import epoch_order, steps_per_epoch
+from train.data.order import epoch_batches, steps_per_epoch
 from train.data.payload import PayloadReader
 from train.data.view import View
 from train.errors import ResumeError
@@ -72,6 +72,12 @@ class LatentLoader:
                 f"{num_ranks} ranks; change one of them"
             )
         self.steps_per_epoch = steps_per_epoch(view.num_clips, global_batch)
+        if view.num_clips < global_batch:
+            log.warning(
+                "%d clips are fewer than the global batch of %d: every step repeats them",
+                view.num_clips,
+                global_batch,
+            )
         self._view, self._seed, self._global_batch = view, seed, global_batch
         self._micro_batch, self._rank, self._num_ranks = micro_batch, rank, num_ranks
         self._accumulation = global_batch // (micro_batch * num_ranks)
@@ -84,7 +90,7 @@ class LatentLoader:
             for name, column in view.opened.items()
         }
         self._caption = lru_cache(CACHED_CAPTIONS)(self._read_caption)
-        self._order = lru_cache(2)(self._epoch_order)
+        self._batches = lru_cache(2)(self._epoch_batches)
         self._memory = BatchMemory(is_pinned=self._device.type == "cuda")
         self._pool = ThreadPoolExecutor(config.read_threads, thread_name_prefix="loader")
         self._pending: deque[Future[LatentBatch]] = deque()
@@ -146,7 +152,7 @@ class LatentLoader:
         step = samples // self._global_batch
         self._num_yielded = step * self._accumulation
         epoch, position = divmod(step, self.steps_per_epoch)
-        first = self._order(epoch)[position * self._global_batch :][:3]
+        first = self._batches(epoch)[position][:3]
         size = self._global_batch
         place = f"sample {position * size} of {self.steps_per_epoch * size}"
         keys = ", ".join(self._view.clips.keys[clip] for clip in first)
@@ -165,17 +171,16 @@ class LatentLoader:
             future.cancel()
         self._pending.clear()
 
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        window = self._view.config.window_shards
-        return epoch_order(self._view.rows_per_shard, window, self._seed, epoch)
+    def _epoch_batches(self, epoch: int) -> np.ndarray:
+        view, window = self._view, self._view.config.window_shards
+        return epoch_batches(view.rows_per_shard, self._global_batch, window, self._seed, epoch)
 
     def _submit(self, number: int) -> None:
         """Start reading this rank's micro-batch ``number``."""
         step, micro_step = divmod(number, self._accumulation)
         first = (micro_step * self._num_ranks + self._rank) * self._micro_batch
         epoch, position = divmod(step, self.steps_per_epoch)
-        start = position * self._global_batch + first
-        clips = self._order(epoch)[start : start + self._micro_batch]
+        clips = self._batches(epoch)[position][first : first + self._micro_batch]
         samples = step * self._global_batch + first + np.arange(self._micro_batch)
         self._pending.append(self._pool.submit(self._read, clips, samples))
 
