@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 import logging
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
