@@ -239,13 +239,17 @@ def _audio_probe(stream: Any, packets: list[Any]) -> AudioProbe | None:
     if stream.start_time is not None:  # later than the first packet by the encoder's priming
         start = max(start, stream.start_time)
     end = max(pts + duration for pts, duration in shown)
+    if context.frame_size:  # counted in packets, priming and padding among them
+        declared_s = stream.frames / len(packets) * float((end - start) * stream.time_base)
+    else:  # PCM is counted in samples
+        declared_s = stream.frames / context.sample_rate
     return AudioProbe(
         codec=context.name,
         sample_rate=context.sample_rate,
         channels=context.channels,
         start_s=float(start * stream.time_base),
         end_s=float(end * stream.time_base),
-        declared_s=stream.frames * max(context.frame_size or 0, 1) / context.sample_rate,
+        declared_s=declared_s,
     )
 
 
@@ -256,16 +260,16 @@ def _common_span(probed: Probe, clip: Clip) -> tuple[float, dict[str, str]]:
         if stream is None:
             continue
         start_s = float(stream.pts_s[0]) if isinstance(stream, VideoProbe) else stream.start_s
-        there_s = stream.end_s - probed.zero_s - clip.start_s
+        there_s = max(stream.end_s - probed.zero_s - clip.start_s, 0.0)
         declared_s = start_s + stream.declared_s - probed.zero_s - clip.start_s
         expected_s = min(clip.duration_s, declared_s)
         if there_s < COMPLETE_SHARE * expected_s:
             cut_short[modality] = (
-                f"{modality} ends after {max(there_s, 0):.2f} s, its header promises "
+                f"{modality} ends after {there_s:.2f} s, its header promises "
                 f"{expected_s:.2f} s: the file is cut off"
             )
         duration_s = min(duration_s, there_s)
-    return max(duration_s, 0.0), cut_short
+    return duration_s, cut_short
 
 
 def _facts(probed: Probe) -> dict[str, Any]:
