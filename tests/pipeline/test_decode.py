@@ -1,0 +1,453 @@
+"""Second 0 of a clip is the same instant in picture and sound, or the clip is refused."""
+
+import dataclasses
+from fractions import Fraction
+
+import av
+import decord
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.decode import decode_clip, probe, read_sound
+from pipeline.format import STATUSES
+from pipeline.media import Clip, ClipError, DecodeSettings
+from pipeline.mux import write_mp4
+
+SIZE = 64
+BLOCK = SIZE // 4
+RATE = 16000
+BOTH = {"video", "audio"}
+SETTINGS = DecodeSettings(fps=8, size=SIZE, sample_rate=RATE, channels=1, min_seconds=1)
+CLICK_S = 1.5
+
+
+def numbered(count, width=SIZE):
+    """Frames that show their number: 4 x 4 blocks, 8 bits and their complement."""
+    number = np.arange(count)[:, None]
+    bits = (number >> np.arange(8)) & 1
+    blocks = np.concatenate([bits, 1 - bits], axis=1).reshape(count, 4, 4).astype(np.uint8)
+    grey = np.kron(blocks, np.full((1, BLOCK, BLOCK), 255, dtype=np.uint8))
+    grey = np.pad(grey, ((0, 0), (0, 0), ((width - SIZE) // 2,) * 2), mode="edge")
+    return np.repeat(grey[..., None], 3, axis=3)
+
+
+def numbers(frames):
+    """Read the numbers back, -1 where the picture is no number."""
+    blocks = frames.reshape(-1, 4, BLOCK, 4, BLOCK, 3)[:, :, 4:-4, :, 4:-4].mean(axis=(2, 4, 5))
+    bits = (blocks.reshape(-1, 16) > 128).astype(int)
+    clear = (np.abs(blocks.reshape(-1, 16) - 128) > 64).all(axis=1)
+    valid = clear & (bits[:, :8] + bits[:, 8:] == 1).all(axis=1)
+    return np.where(valid, bits[:, :8] @ (1 << np.arange(8)), -1)
+
+
+def noise_with_click(seconds, rate=RATE, click_s=CLICK_S, channels=1):
+    """Faint noise (silence can be told from it) and one loud click."""
+    generator = np.random.default_rng(0)
+    sound = generator.normal(0, 0.01, (channels, round(seconds * rate))).astype(np.float32)
+    start = round(click_s * rate)
+    sound[:, start : start + rate // 400] += 0.8
+    return sound
+
+
+def click_second(sound, rate=RATE):
+    """Second at which the loud part begins."""
+    return int(np.flatnonzero(np.abs(sound[0]) > 0.3)[0]) / rate
+
+
+def make(path, seconds=4.0, fps=25.0, rate=RATE, sound_s=None, channels=1, **click):
+    sound = noise_with_click(sound_s or seconds, rate, channels=channels, **click)
+    write_mp4(path, numbered(round(seconds * fps)), fps, sound, rate)
+    return path
+
+
+def clip_of(start_s=0.0, duration_s=10.0):
+    return Clip("key", "a.mp4", start_s, duration_s)
+
+
+def decode(path, clip=None, wanted=BOTH, **settings):
+    return decode_clip(path, clip or clip_of(), dataclasses.replace(SETTINGS, **settings), wanted)
+
+
+def remux(path, out, keep=("video", "audio"), delay_s=None, video_pts=None):
+    """Copy the packets into another container, later or with other timestamps."""
+    with av.open(str(path)) as source, av.open(str(out), "w") as target:
+        streams = {}
+        for kind in keep:
+            for stream in getattr(source.streams, kind):
+                streams[stream.index] = target.add_stream_from_template(stream)
+        for packet in source.demux():
+            if packet.stream.index not in streams or packet.pts is None or packet.is_discard:
+                continue
+            if video_pts and packet.stream.type == "video":
+                packet.pts = packet.dts = video_pts(packet.pts, packet.time_base)
+            shift = (delay_s or {}).get(packet.stream.type, 0)
+            ticks = round(Fraction(shift) / packet.time_base)
+            packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+            packet.stream = streams[packet.stream.index]
+            target.mux(packet)
+    return out
+
+
+def shown_at(seconds, fps):
+    """Numbers that a film of constant rate may show at these seconds, 2 ms of tolerance."""
+    seconds = np.asarray(seconds)
+    return np.floor((seconds - 0.0021) * fps), np.floor((seconds + 0.0021) * fps)
+
+
+def assert_shows(frames, seconds, fps):
+    early, late = shown_at(seconds, fps)
+    found = numbers(frames)
+    assert len(found) == len(seconds)
+    assert ((found >= early) & (found <= late)).all(), found
+
+
+# -- the picture
+
+
+@pytest.mark.parametrize("film_fps", [10, 24, 25, 30000 / 1001, 30, 50])
+def test_frame_is_the_one_presented_at_every_instant(tmp_path, film_fps):
+    path = make(tmp_path / "a.mp4", fps=film_fps)
+    for fps in (1, 4, 8, 12, 16, 24, 30, 60):
+        decoded = decode(path, clip_of(duration_s=3), fps=fps)
+        assert decoded.problems == {} and decoded.facts["decoder"] == "decord"
+        assert_shows(decoded.frames, np.arange(3 * fps) / fps, film_fps)
+
+
+def test_frames_of_a_film_of_varying_rate_are_those_on_screen(tmp_path):
+    """Every third frame stands four times as long as the others."""
+    source = make(tmp_path / "a.mp4", seconds=2.4, sound_s=5)
+    starts_s = np.cumsum([0.0] + [0.12 if i % 3 == 2 else 0.03 for i in range(59)])
+
+    def stretched(pts, time_base):
+        return round(starts_s[round(pts * time_base * 25)] / time_base)
+
+    path = remux(source, tmp_path / "b.mp4", video_pts=stretched)
+    decoded = decode(path, fps=20)
+    assert decoded.problems == {}
+    seconds = np.arange(len(decoded.frames)) / 20
+    expected = np.searchsorted(starts_s, seconds + 0.002, side="right") - 1
+    np.testing.assert_array_equal(numbers(decoded.frames), expected)
+
+
+@pytest.mark.parametrize("start_s", [0.0, 0.04, 0.5, 1.3, 2.96])
+def test_span_starts_at_its_second_in_both_modalities(tmp_path, start_s):
+    path = make(tmp_path / "a.mp4", seconds=6, click_s=3.0)
+    decoded = decode(path, clip_of(start_s, 2.0))
+    assert decoded.problems == {}
+    assert_shows(decoded.frames, start_s + np.arange(16) / 8, 25)
+    assert decoded.sound.shape == (1, 2 * RATE)
+    if start_s + 2 > 3:
+        assert click_second(decoded.sound) == pytest.approx(3.0 - start_s, abs=0.002)
+
+
+def test_wide_film_is_scaled_to_its_short_side_and_cropped_in_the_centre(tmp_path):
+    frames = numbered(50, width=128)
+    frames[:, :, :24] = frames[:, :, -24:] = 128
+    write_mp4(tmp_path / "a.mp4", frames.repeat(2, axis=1).repeat(2, axis=2), 25, None, RATE)
+    decoded = decode(tmp_path / "a.mp4")
+    assert decoded.frames.shape == (16, SIZE, SIZE, 3) and decoded.frames.dtype == np.uint8
+    assert_shows(decoded.frames, np.arange(16) / 8, 25)
+
+
+def test_only_what_is_wanted_is_decoded(tmp_path):
+    path = make(tmp_path / "a.mp4", seconds=2)
+    for wanted in ({"video"}, {"audio"}, set()):
+        decoded = decode(path, wanted=wanted)
+        assert decoded.problems == {}
+        assert {"video"} & wanted == ({"video"} if decoded.frames is not None else set())
+        assert {"audio"} & wanted == ({"audio"} if decoded.sound is not None else set())
+
+
+# -- the sound
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+@pytest.mark.parametrize("click_s", [0.25, 1.5, 1.9])
+def test_click_is_at_its_second_at_any_rate(tmp_path, rate, click_s):
+    decoded = decode(make(tmp_path / "a.mp4", seconds=2, rate=rate, click_s=click_s))
+    assert decoded.sound.dtype == np.float32
+    assert click_second(decoded.sound) == pytest.approx(click_s, abs=0.002)
+
+
+def test_stereo_is_averaged_or_kept_and_mono_doubled(tmp_path):
+    tone = 0.5 * np.sin(np.arange(2 * RATE) * 2 * np.pi * 440 / RATE)
+    write_mp4(tmp_path / "a.mp4", numbered(50), 25, np.stack([tone, 0 * tone]), RATE)
+    mono = decode(tmp_path / "a.mp4").sound
+    left, right = decode(tmp_path / "a.mp4", channels=2).sound
+    middle = slice(RATE // 2, RATE)
+    assert np.abs(mono[0, middle]).max() == pytest.approx(0.25, abs=0.02)
+    assert np.abs(left[middle]).max() == pytest.approx(0.5, abs=0.04)
+    assert np.abs(right[middle]).max() < 0.04
+    doubled = decode(make(tmp_path / "b.mp4", seconds=2), channels=2).sound
+    np.testing.assert_array_equal(doubled[0], doubled[1])
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "mov"])
+@pytest.mark.parametrize("delay_s", [{}, {"audio": 0.5}, {"video": 0.4}, {"audio": 3, "video": 3}])
+def test_sound_and_picture_stay_together_in_every_container(tmp_path, container, delay_s):
+    source = make(tmp_path / "a.mp4", seconds=4)
+    path = remux(source, tmp_path / f"b.{container}", delay_s=delay_s)
+    decoded = decode(path, clip_of(duration_s=3))
+    assert decoded.problems == {}
+    assert_shows(decoded.frames, np.arange(24) / 8, 25)
+    behind_s = delay_s.get("audio", 0) - delay_s.get("video", 0)
+    assert click_second(decoded.sound) == pytest.approx(CLICK_S + behind_s, abs=0.003)
+    if behind_s > 0:
+        assert not decoded.sound[0, : round((behind_s - 0.1) * RATE)].any()
+
+
+def test_read_sound_starts_with_the_picture_and_is_whole(tmp_path):
+    path = make(tmp_path / "a.mp4", seconds=2, rate=44100, sound_s=3, channels=2)
+    sound = read_sound(path, RATE)
+    assert sound.dtype == np.float32 and abs(len(sound) - 3 * RATE) <= 0.07 * RATE
+    assert click_second(sound[None]) == pytest.approx(CLICK_S, abs=0.002)
+    early = remux(path, tmp_path / "b.mkv", delay_s={"video": 0.4})
+    assert click_second(read_sound(early, RATE)[None]) == pytest.approx(CLICK_S - 0.4, abs=0.003)
+    only = remux(path, tmp_path / "c.mkv", keep=["audio"])
+    assert click_second(read_sound(only, RATE)[None]) == pytest.approx(CLICK_S, abs=0.003)
+
+
+def test_read_sound_of_a_silent_film_is_refused(tmp_path):
+    write_mp4(tmp_path / "a.mp4", numbered(10), 25, None, RATE)
+    with pytest.raises(ClipError) as error:
+        read_sound(tmp_path / "a.mp4", RATE)
+    assert error.value.status == "no_audio"
+
+
+# -- lengths
+
+
+@pytest.mark.parametrize("duration_s", [1.0, 1.5, 2.4, 3.99])
+@pytest.mark.parametrize("fps", [5, 8, 12.5])
+def test_both_modalities_have_the_length_of_the_span(tmp_path, duration_s, fps):
+    decoded = decode(make(tmp_path / "a.mp4"), clip_of(duration_s=duration_s), fps=fps)
+    assert len(decoded.frames) == int(duration_s * fps + 0.2)
+    assert decoded.sound.shape == (1, round(duration_s * RATE))
+    assert decoded.facts["duration_s"] == duration_s
+
+
+@pytest.mark.parametrize(("seconds", "sound_s"), [(3.0, 2.0), (2.0, 3.0)])
+def test_both_modalities_end_where_the_first_does(tmp_path, seconds, sound_s):
+    decoded = decode(make(tmp_path / "a.mp4", seconds=seconds, sound_s=sound_s))
+    assert decoded.problems == {}
+    assert len(decoded.frames) == 16
+    assert 2 * RATE <= decoded.sound.shape[1] <= 2.07 * RATE  # AAC fills its last frame
+
+
+@pytest.mark.parametrize(("start_s", "expected"), [(0.0, set()), (3.5, BOTH), (9.0, BOTH)])
+def test_span_shorter_than_wanted_is_too_short(tmp_path, start_s, expected):
+    decoded = decode(make(tmp_path / "a.mp4"), clip_of(start_s))
+    assert set(decoded.problems) == expected
+    for modality, (status, message) in decoded.problems.items():
+        assert status == "too_short" and "expected at least 1 s" in message
+        assert (decoded.frames if modality == "video" else decoded.sound) is None
+
+
+def test_file_of_one_frame_is_too_short(tmp_path):
+    write_mp4(tmp_path / "a.mp4", numbered(1), 25, noise_with_click(4), RATE)
+    decoded = decode(tmp_path / "a.mp4", min_seconds=0)
+    assert decoded.problems["video"][0] == "too_short"
+
+
+# -- what is missing or damaged
+
+
+def test_silent_film_lacks_sound_only(tmp_path):
+    write_mp4(tmp_path / "a.mp4", numbered(75), 25, None, RATE)
+    decoded = decode(tmp_path / "a.mp4")
+    assert {m: status for m, (status, _) in decoded.problems.items()} == {"audio": "no_audio"}
+    assert_shows(decoded.frames, np.arange(24) / 8, 25)
+
+
+def test_sound_alone_lacks_picture_only(tmp_path):
+    path = remux(make(tmp_path / "a.mp4"), tmp_path / "b.mp4", keep=["audio"])
+    decoded = decode(path)
+    assert {m: status for m, (status, _) in decoded.problems.items()} == {"video": "no_video"}
+    assert click_second(decoded.sound) == pytest.approx(CLICK_S, abs=0.002)
+
+
+def test_missing_file_is_missing(tmp_path):
+    with pytest.raises(ClipError) as error:
+        decode(tmp_path / "a.mp4")
+    assert error.value.status == "missing" and "a.mp4" in error.value.message
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5000, b"garbage" * 999, b"\0\0\0\x18ftypisom"])
+def test_garbage_is_unreadable(tmp_path, content):
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(ClipError) as error:
+        decode(tmp_path / "a.mp4")
+    assert error.value.status == "unreadable"
+
+
+def test_folder_in_place_of_a_file_is_unreadable(tmp_path):
+    (tmp_path / "a.mp4").mkdir()
+    with pytest.raises(ClipError) as error:
+        decode(tmp_path / "a.mp4")
+    assert error.value.status == "unreadable"
+
+
+def share_of_right_frames(frames, fps=25):
+    early, late = shown_at(np.arange(32) / 8, fps)
+    found = numbers(frames)
+    right = (found >= early[: len(found)]) & (found <= late[: len(found)])
+    return right.sum() / 32
+
+
+def share_of_sound(sound):
+    blocks = sound[0, : len(sound[0]) // 160 * 160].reshape(-1, 160)
+    return (np.abs(blocks).max(axis=1) > 1e-3).sum() / 400
+
+
+def assert_ok_means_whole(path, loss=0.02):
+    """What counts as ok holds all that a whole file holds, but for the allowed share."""
+    try:
+        decoded = decode(path, clip_of(duration_s=4))
+    except ClipError as error:
+        assert error.status == "unreadable"
+        return set()
+    assert all(status in STATUSES for status, _ in decoded.problems.values())
+    if "video" not in decoded.problems:
+        assert share_of_right_frames(decoded.frames) >= 1 - loss - 1 / 32
+    if "audio" not in decoded.problems:
+        assert share_of_sound(decoded.sound) >= 1 - loss - 0.01
+    return BOTH - set(decoded.problems)
+
+
+def test_whole_file_is_ok(tmp_path):
+    assert assert_ok_means_whole(make(tmp_path / "a.mp4")) == BOTH
+
+
+@pytest.mark.parametrize("index_in_front", [True, False])
+def test_cut_off_file_is_never_ok(tmp_path, index_in_front):
+    path = make(tmp_path / "a.mp4")
+    if not index_in_front:
+        path = remux(path, tmp_path / "end.mp4")
+    content = path.read_bytes()
+    for percent in (1, 20, 40, 60, 80, 90, 95, 97):
+        cut = tmp_path / f"cut{percent}.mp4"
+        cut.write_bytes(content[: len(content) * percent // 100])
+        assert assert_ok_means_whole(cut) == set()
+
+
+@pytest.mark.parametrize("percent", [10, 30, 50, 70, 90])
+def test_file_whose_end_was_never_written_is_never_ok(tmp_path, percent):
+    """A download that was stopped, into a file of full length: zeros after the part that came."""
+    path = make(tmp_path / "a.mp4")
+    content = bytearray(path.read_bytes())
+    start = len(content) * percent // 100
+    content[start:] = bytes(len(content) - start)
+    path.write_bytes(content)
+    assert assert_ok_means_whole(path) == set()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_hole_in_the_middle_is_never_taken_for_content(tmp_path, seed):
+    path = make(tmp_path / "a.mp4")
+    content = bytearray(path.read_bytes())
+    data = content.index(b"mdat")
+    length = (len(content) - data) // 5
+    start = int(np.random.default_rng(seed).integers(data + 8, len(content) - length))
+    content[start : start + length] = bytes(length)
+    path.write_bytes(content)
+    assert_ok_means_whole(path)
+
+
+def test_damaged_sound_leaves_the_whole_picture(tmp_path):
+    """A header that promises more sound than there is costs the sound only."""
+    path = make(tmp_path / "a.mp4", seconds=4, sound_s=4)
+    probed = probe(path)
+    assert probed.audio and probed.video
+    content = path.read_bytes()
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(audio=0) if packet.size]
+        positions = [(packet.pos, packet.size) for packet in packets[len(packets) // 4 :]]
+    damaged = bytearray(content)
+    for position, size in positions:
+        damaged[position : position + size] = bytes(size)
+    path.write_bytes(damaged)
+    decoded = decode(path)
+    assert decoded.problems["audio"][0] == "truncated"
+    assert "video" not in decoded.problems and len(decoded.frames) == 32
+    assert_shows(decoded.frames, np.arange(32) / 8, 25)
+
+
+# -- real files
+
+
+@pytest.mark.parametrize("name", ["0DCit2EBtjs_000030", "3HgbEKrbA9s_000054", "54bz5yqN2IA_000004"])
+def test_real_clips_are_ok(shared_clips, name):
+    decoded = decode(shared_clips / "vggsound" / "video" / f"{name}.mp4")
+    assert decoded.problems == {} and decoded.facts["decoder"] == "decord"
+    duration_s = decoded.facts["duration_s"]
+    assert 8 < duration_s <= 10
+    assert len(decoded.frames) == int(duration_s * 8 + 0.2)
+    assert decoded.sound.shape == (1, round(duration_s * RATE))
+    assert decoded.frames.std() > 10 and 0.001 < decoded.sound.std() < 1
+
+
+def test_frames_hidden_by_an_edit_list_are_not_shown(shared_clips):
+    """Cut between keyframes: decord repeats a frame here, so PyAV decodes it."""
+    path = shared_clips / "vggsound" / "video" / "NMQiKrTkl10_000039.mp4"
+    probed = probe(path)
+    assert probed.video and probed.video.hidden_frames > 0
+    decoded = decode(path)
+    assert decoded.problems == {} and decoded.facts["decoder"] == "pyav"
+    with av.open(str(path)) as container:
+        shown = [
+            (float(frame.pts * frame.time_base), frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(video=0)
+        ]
+    times_s = np.array([pts_s for pts_s, _ in shown])
+    for place in (0, 5, 40):
+        instant = probed.zero_s + place / 8
+        picture = shown[int(np.searchsorted(times_s, instant + 0.002, side="right")) - 1][1]
+        side = min(picture.shape[:2])
+        top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+        square = picture[top : top + side, left : left + side].mean(axis=2)
+        assert correlation(square, decoded.frames[place].mean(axis=2)) > 0.97
+
+
+def correlation(picture, small):
+    """Correlation of two grey pictures at 16 x 16."""
+    parts = [
+        np.asarray(Image.fromarray(image.astype(np.uint8)).resize((16, 16), Image.Resampling.BOX))
+        for image in (picture, small)
+    ]
+    return np.corrcoef(parts[0].ravel(), parts[1].ravel())[0, 1]
+
+
+def test_rotated_film_is_upright(shared_clips):
+    path = shared_clips / "hard" / "mediabunny_rotate-buck-bunny.mp4"
+    probed = probe(path)
+    assert probed.video and probed.video.rotation % 180 == 90
+    decoded = decode(path)
+    assert "video" not in decoded.problems
+    reader = decord.VideoReader(str(path))
+    shown_s = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    place = len(decoded.frames) - 1  # it starts black
+    index = int(np.searchsorted(shown_s - shown_s[0], place / 8 + 0.002, side="right")) - 1
+    upright = reader[index].asnumpy()
+    assert upright.shape[0] > upright.shape[1]
+    side = upright.shape[1]
+    top = (upright.shape[0] - side) // 2
+    square = upright[top : top + side].mean(axis=2)
+    grey = decoded.frames[place].mean(axis=2)
+    assert correlation(square, grey) > 0.95
+    assert max(correlation(square, np.rot90(grey, k)) for k in (1, 2, 3)) < 0.9
+
+
+def test_no_odd_file_ends_in_another_error(shared_clips):
+    """Whatever is in the files, a clip has arrays that fit or a status."""
+    for path in sorted((shared_clips / "hard").iterdir()):
+        try:
+            decoded = decode(path, clip_of(duration_s=1))
+        except ClipError as error:
+            assert error.status == "unreadable"
+            continue
+        assert all(status in STATUSES for status, _ in decoded.problems.values())
+        if "video" not in decoded.problems:
+            assert decoded.frames.shape[1:] == (SIZE, SIZE, 3) and len(decoded.frames) >= 7
+        if "audio" not in decoded.problems:
+            assert np.isfinite(decoded.sound).all() and decoded.sound.shape[1] >= 0.98 * RATE
