@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test test-all lint clean-demo
+.PHONY: demo test test-all lint
 
 # Installs from pyproject.toml; the lock pins every version. The stamp makes a changed file count.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -34,7 +34,5 @@ lint: .venv
 
 # Makes clips, encodes, trains, samples and scores; a second call goes on where the first stopped.
 demo: .venv
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash tools/demo.sh $(DEMO)
+	PATH="$(CURDIR)/$(BIN):$$PATH" CLIPS=$(CLIPS) STEPS=$(STEPS) SAMPLES=$(SAMPLES) bash tools/demo.sh $(DEMO)
 
-clean-demo:
-	rm -rf $(DEMO)

@@ -1,0 +1,90 @@
+"""Every command of the README runs, in the README's order, on a copy of the repository."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What a test adds, because the README's own numbers take minutes: fewer steps, smaller frames.
+FASTER = {
+    "python -m pipeline.encode": "video.size=64 clip.seconds=3",
+    "deepspeed train/main.py": "steps=3 global_batch=4 micro_batch=2 checkpoint.every_steps=2",
+    "python -m train.sample": "--steps 2",
+}
+
+
+def readme_commands():
+    """Return the command lines of the README's bash blocks, one string per block."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    return [block.replace("\\\n", " ") for block in blocks]
+
+
+def copy_of_repository(folder):
+    """Copy what git tracks and what is new, not what is ignored."""
+    listing = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in names.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def run(script, folder, timeout_s):
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env={**os.environ, "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+    assert done.returncode == 0, f"{script}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def faster(script):
+    lines = []
+    for line in script.splitlines():
+        for command, extra in FASTER.items():
+            if line.startswith(command):
+                line = f"{line} {extra}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+@pytest.mark.timeout(600)
+def test_the_tour_runs_as_written(shared_clips, tmp_path):
+    folder = copy_of_repository(tmp_path)
+    first, *tour = readme_commands()
+    assert "make demo" in first
+    assert len(tour) == 2
+    for block in tour:
+        script = block.replace("source .venv/bin/activate\n", "")
+        script = script.replace("CLIPS", str(shared_clips / "vggsound"))
+        run(faster(script), folder, 300)
+    assert len(list((folder / "shards").glob("audio@*"))) == 2
+    samples = json.loads((folder / "out" / "samples.json").read_text())
+    assert len(samples["clips"]) == 4
+    assert "<video" in (folder / "out" / "index.html").read_text()
+    columns = {
+        json.loads(path.read_text())["run"]["view"]["columns"]["audio"]
+        for path in (folder / "runs").glob("*/checkpoints/*/state.json")
+    }
+    assert len(columns) == 2, "the second run did not train on the second audio column"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_make_demo_runs_at_a_small_size(tmp_path):
+    folder = copy_of_repository(tmp_path)
+    (folder / ".venv").symlink_to(ROOT / ".venv")
+    printed = run("make demo CLIPS=48 STEPS=4 SAMPLES=2", folder, 600)
+    assert "chance" in printed
+    assert (folder / "demo" / "v2a" / "index.html").is_file()

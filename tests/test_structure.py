@@ -1,0 +1,112 @@
+"""The rules of the repository: who imports what, names, sizes, settings that load."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import settings
+from pipeline.config import EncodeConfig
+from train.config import load_train_config
+from train.model import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted(
+    path for name in ("pipeline", "train", "tools") for path in (ROOT / name).rglob("*.py")
+)
+# Which files may import a heavy dependency, wherever in the file.
+IMPORTERS = {
+    "ray": {"pipeline/cells.py"},
+    "deepspeed": {"train/engine.py"},
+    "decord": {"pipeline/decode.py"},
+    "av": {"pipeline/decode.py", "pipeline/mux.py"},
+    "torchaudio": {"pipeline/audio.py"},
+}
+TRAIN_MAY_IMPORT = {"pipeline.format", "pipeline.settings", "pipeline"}
+SAMPLE_MAY_IMPORT = TRAIN_MAY_IMPORT | {"pipeline.codecs", "pipeline.gallery"}
+DEPENDENCIES = {
+    *("av", "decord", "deepspeed", "google_crc32c", "numpy", "PIL", "pyarrow", "pydantic", "yaml"),
+    *("ray", "safetensors", "tensorboard", "torch", "torchaudio", "tqdm", "webdataset"),
+}
+
+
+def name_of(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported(path):
+    """Return the modules a file imports, function-level imports too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name_of(path)}: relative import"
+            found.add(str(node.module))
+            if node.module in ("pipeline", "train", "tools"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_go_one_way(path):
+    name, room = name_of(path), name_of(path).split("/")[0]
+    for module in imported(path):
+        package = module.split(".")[0]
+        if package in IMPORTERS:
+            assert name in IMPORTERS[package], f"{name} imports {module}"
+        if room == "pipeline":
+            assert package not in ("train", "tools", "tests"), f"{name} imports {module}"
+        if room == "train" and package in ("pipeline", "tools", "tests"):
+            allowed = SAMPLE_MAY_IMPORT if name == "train/sample.py" else TRAIN_MAY_IMPORT
+            assert ".".join(module.split(".")[:2]) in allowed, f"{name} imports {module}"
+        assert package != "tests", f"{name} imports {module}"
+
+
+def test_the_contract_needs_numpy_and_the_standard_library_only():
+    packages = {module.split(".")[0] for module in imported(ROOT / "pipeline" / "format.py")}
+    assert packages - set(sys.stdlib_module_names) == {"numpy"}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_module_hides_another(path):
+    # `deepspeed train/main.py` puts train/ first on the path: train/ray.py would hide ray.
+    if path.stem in ("__init__", "__main__"):
+        return
+    taken = set(sys.stdlib_module_names) | DEPENDENCIES | {"pipeline", "train", "tools"}
+    assert path.stem not in taken
+    assert path.stem not in ("utils", "helpers", "manager", "handler")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_files_and_functions_stay_small(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 80, node.name
+
+
+def test_the_entry_point_stays_short():
+    assert (ROOT / "train" / "main.py").read_text().count("\n") <= 80
+
+
+def test_the_readme_stays_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 200
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=name_of)
+def test_every_settings_file_loads(path):
+    if path.parent.name == "train":
+        load_train_config(path, [])  # puts the model's preset in first
+    else:
+        settings.load({"encode": EncodeConfig, "model": ModelConfig}[path.parent.name], path, [])
+
+
+def test_top_level_is_fixed():
+    rooms = {
+        path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")
+    }
+    tracked = {"pipeline", "train", "configs", "tools", "tests"}
+    assert tracked <= rooms
