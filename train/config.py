@@ -26,7 +26,7 @@ from train.data.view import DataConfig
 from train.model import ModelConfig
 from train.objective.flow import FlowConfig
 from train.objective.tasks import TaskWeights
-from train.schedule import Shape
+from train.schedule import Shape, learning_rate
 
 # The checkout: av-latents is installed editable, so configs/ lies beside this package.
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -126,6 +126,16 @@ class TrainConfig:
                 f"{self.micro_batch} × {num_ranks} ranks = {per_pass}; change one of them"
             )
         return self.global_batch // per_pass
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of optimiser step ``step``, from 0."""
+        return learning_rate(
+            step,
+            peak=self.optim.lr,
+            warmup_steps=self.optim.warmup_steps,
+            steps=self.steps,
+            shape=self.optim.schedule,
+        )
 
 
 def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
         config = parse(arguments)
     except ConfigError as error:
         # All ranks of a node have read the same files: one speaks.
-        return fail(error, speaks=os.environ.get("LOCAL_RANK", "0") == "0")
+        return fail(str(error), speaks=os.environ.get("LOCAL_RANK", "0") == "0")
     # DeepSpeed takes seconds to import: not before the settings are known to be right.
     from train.engine import join_ranks, leave_ranks
     from train.trainer import Trainer
@@ -25,17 +25,17 @@ def main(arguments: list[str]) -> int:
         ranks = join_ranks()
         Trainer(config, ranks).run()
     except AgreedError as error:
-        return fail(error, speaks=os.environ["RANK"] == "0")
+        return fail(str(error), speaks=os.environ["RANK"] == "0")
     except USER_ERRORS as error:
-        return fail(error, speaks=True)
+        return fail(f"rank {os.environ.get('RANK', '0')}: {error}", speaks=True)
     leave_ranks()
     return 0
 
 
-def fail(error: Exception, speaks: bool) -> int:
-    """Report an error that the user can mend, on one line, and return its exit status."""
+def fail(message: str, speaks: bool) -> int:
+    """Report what the user can mend, on one line, and return the exit status."""
     if speaks:
-        sys.stderr.write(f"train: {error}\n")
+        sys.stderr.write(f"train: {message}\n")
     return 1
 
 

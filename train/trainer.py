@@ -28,7 +28,6 @@ from train.objective.tasks import TASKS, Task, task_of_step
 from train.preempt import StopRequest
 from train.ranks import AgreedError, Ranks
 from train.rng import seed_of
-from train.schedule import learning_rate
 from train.sinks import Sinks
 
 # A few bad batches are survived; ten in a row mean that the weights or the data are broken.
@@ -69,9 +68,12 @@ class Trainer:
 
     def _open_data(self) -> tuple[View, LatentLoader]:
         config, ranks = self.config, self.ranks
-        patches = {"video": config.model.video_patch[0], "audio": config.model.audio_patch[0]}
-        multiples = {name: max(size, 1) for name, size in patches.items()}  # 0 is the whole axis
-        view = open_view(Path(config.data.root), config.data, time_multiple=multiples)
+        # The crop must hold whole patches; a patch size of 0 is the whole axis.
+        patches = {
+            "video": config.model.video_patch[0] or 1,
+            "audio": config.model.audio_patch[0] or 1,
+        }
+        view = open_view(Path(config.data.root), config.data, time_multiple=patches)
         loader = LatentLoader(
             view,
             seed=config.seed,
@@ -107,8 +109,7 @@ class Trainer:
         Raises:
             AgreedError: too many steps in a row had gradients that are not finite.
         """
-        if self.ranks.rank == 0:
-            self._open_run_dir()
+        self.ranks.together(self._open_run_dir)
         try:
             if self.step < self.config.steps:
                 self._build()
@@ -121,9 +122,14 @@ class Trainer:
                 self.sinks.close()
 
     def _open_run_dir(self) -> None:
-        """Record the settings and open the metrics; rank 0 only."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.run_dir / "config.yaml", settings.dump(self.config).encode())
+        """Record the settings and open the metrics, on rank 0."""
+        if self.ranks.rank != 0:
+            return
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.run_dir / "config.yaml", settings.dump(self.config).encode())
+        except OSError as error:
+            raise ConfigError(f"run_dir {self.run_dir} can't be written: {error}") from None
         self.sinks = Sinks(self.run_dir, self.step, self.config.steps)
         _, incomplete = checkpoint.find_checkpoints(self.run_dir)
         for folder in incomplete:
@@ -171,7 +177,7 @@ class Trainer:
                 self._report()
             if is_last or is_stopping or self.step % config.checkpoint.every_steps == 0:
                 self._save()
-            if is_stopping and not is_last:
+            if is_stopping:
                 self._say_stopped()
                 return
 
@@ -192,21 +198,11 @@ class Trainer:
             )
             self.engine.accumulate(loss.total)
             self.meter.add_micro_batch(task, loss, len(batch.keys))
-        result = self.engine.step(self._learning_rate(self.step))
+        result = self.engine.step(config.learning_rate(self.step))
         if result.was_applied:
             self.ema.update(self.engine, self.step)
         self.meter.add_step(result)
         return result
-
-    def _learning_rate(self, step: int) -> float:
-        optim = self.config.optim
-        return learning_rate(
-            step,
-            peak=optim.lr,
-            warmup_steps=optim.warmup_steps,
-            steps=self.config.steps,
-            shape=optim.schedule,
-        )
 
     def _check_step(self, result: StepResult, task: Task) -> None:
         """Stop a run whose gradients stay not finite; the weights are as before the first."""
@@ -224,7 +220,7 @@ class Trainer:
 
     def _report(self) -> None:
         metrics = self.meter.summary()
-        metrics["learning_rate"] = self._learning_rate(self.step - 1)
+        metrics["learning_rate"] = self.config.learning_rate(self.step - 1)
         metrics["samples"] = self.step * self.config.global_batch
         if self.sinks:
             self.sinks.write(self.step, metrics)

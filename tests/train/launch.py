@@ -12,7 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,18 @@ def _as_rank(
     function(*arguments)
 
 
-def train(*settings: str, num_ranks: int, timeout_s: float = 120) -> subprocess.CompletedProcess:
-    """Run `deepspeed train/main.py` to its end; output and errors are text."""
-    launcher = Path(sys.executable).with_name("deepspeed")
-    command = [
-        str(launcher),
-        f"--num_accelerators={num_ranks}",
-        f"--master_port={free_port()}",
-        "--master_addr=127.0.0.1",
-        "train/main.py",
-        *settings,
-    ]
+@contextmanager
+def launched(*settings: str, num_ranks: int) -> Iterator[subprocess.Popen]:
+    """Run `deepspeed train/main.py` beside the test; whatever is left of it ends with the block."""
     process = subprocess.Popen(
-        command,
+        [
+            str(Path(sys.executable).with_name("deepspeed")),
+            f"--num_accelerators={num_ranks}",
+            f"--master_port={free_port()}",
+            "--master_addr=127.0.0.1",
+            "train/main.py",
+            *settings,
+        ],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.PIPE,
@@ -74,11 +74,18 @@ def train(*settings: str, num_ranks: int, timeout_s: float = 120) -> subprocess.
         start_new_session=True,
     )
     try:
-        output, errors = process.communicate(timeout=timeout_s)
+        yield process
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+        process.wait()
+
+
+def train(*settings: str, num_ranks: int, timeout_s: float = 200) -> subprocess.CompletedProcess:
+    """Run `deepspeed train/main.py` to its end; output and errors are text."""
+    with launched(*settings, num_ranks=num_ranks) as process:
+        output, errors = process.communicate(timeout=timeout_s)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.train.columns import Dataset
-from tests.train.launch import metrics, train
+from tests.train.launch import launched, metrics, train
 from train.checkpoint import latest_complete, load_model_for_sampling
 from train.ranks import find_disagreement, one_message
 
@@ -135,16 +138,44 @@ def test_changed_model_is_refused_in_one_line_that_names_the_field(dataset, stra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1, 3])
-def test_resume_is_bit_equal_at_other_stages(dataset, tmp_path, stage):
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16")]
+)
+def test_resume_is_bit_equal_in_other_layouts(dataset, tmp_path, stage, precision):
+    layout = (f"zero_stage={stage}", f"precision={precision}")
     for name in ("straight", "resumed"):
-        arguments = settings(dataset, tmp_path / name, f"zero_stage={stage}")
+        arguments = settings(dataset, tmp_path / name, *layout)
         if name == "resumed":
             (tmp_path / name).mkdir()
             (tmp_path / name / "stop").touch()
             run(*arguments)
         run(*arguments)
     assert_same_training(tmp_path / "resumed", tmp_path / "straight")
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_process_group_leaves_a_complete_checkpoint(dataset, tmp_path):
+    arguments = settings(dataset, tmp_path, "steps=100000", "checkpoint.every_steps=100000")
+    with launched(*arguments, num_ranks=2) as process:
+        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+            assert process.poll() is None
+            time.sleep(0.5)
+        # To all processes, as Ctrl-C and Slurm do: `deepspeed` alone would die and pass nothing on.
+        os.killpg(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    # The launcher's exit status after a signal is never 0: only the marker tells.
+    assert "by SIGTERM" in errors
+    step = int(newest(tmp_path).name.removeprefix("step_"))
+    assert step == metrics(tmp_path)[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_gradients_that_stay_not_finite_end_the_run(dataset, tmp_path):
+    broken = settings(dataset, tmp_path, "optim.lr=1e30", "optim.warmup_steps=0", "steps=50")
+    ended = train(*broken, num_ranks=2)
+    assert ended.returncode == 1
+    assert ended.stderr.count("not finite in 10 steps in a row") == 1
+    assert "Traceback" not in ended.stderr
 
 
 def test_odd_rank_is_named():
