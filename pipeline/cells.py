@@ -8,6 +8,7 @@ decoder to encoder through the node's shared memory and never further.
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -125,7 +126,7 @@ class DecoderPool:
         while lane.queue and lane.queue[0][1] in ready:
             row, ref = lane.queue[0]
             try:
-                decoded = ray.get(ref, timeout=START_TIMEOUT_S)
+                decoded: Any = ray.get(ref, timeout=START_TIMEOUT_S)
             except RayTaskError as error:  # a bug in the decoder, not a lost process
                 decoded = _failed("decode_crash", f"the decoder raised {error.cause!r}")
             except RayError as error:
@@ -190,7 +191,7 @@ class Cell:
                 f"{START_TIMEOUT_S:g} s; lower `decoders`, or free the cluster"
             )
         strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=0)
-        self._actor = EncoderActor.options(scheduling_strategy=strategy).remote(
+        self._actor: Any = EncoderActor.options(scheduling_strategy=strategy).remote(
             self._job, self._group, self._num_decoders
         )
 
@@ -251,7 +252,7 @@ def local_cluster(num_cpus: int, object_store_bytes: int) -> Iterator[None]:
         object_store_memory=object_store_bytes,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         configure_logging=False,
         _node_ip_address="127.0.0.1",
     )

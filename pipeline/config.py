@@ -51,7 +51,7 @@ class VideoSettings:
 
     fps: float = Field(8.0, gt=0, le=120)
     size: int = Field(256, ge=16, le=4096)
-    codec: DctSettings = DctSettings()
+    codec: DctSettings = Field(default_factory=DctSettings)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -60,7 +60,7 @@ class AudioSettings:
 
     sample_rate: int = Field(16000, ge=4000, le=192000)
     channels: Literal[1, 2] = 1
-    codec: LogmelSettings = LogmelSettings()
+    codec: LogmelSettings = Field(default_factory=LogmelSettings)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -68,7 +68,7 @@ class TextSettings:
     """Captions: cut after ``max_words``."""
 
     max_words: int = Field(64, ge=1)
-    codec: HashSettings = HashSettings()
+    codec: HashSettings = Field(default_factory=HashSettings)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -98,10 +98,10 @@ class EncodeConfig:
     columns: tuple[Literal["video", "audio", "text"], ...] = ("video", "audio", "text")
     shard_size: int = Field(512, ge=1)
     seed: int = 0
-    clip: ClipSettings = ClipSettings()
-    video: VideoSettings = VideoSettings()
-    audio: AudioSettings = AudioSettings()
-    text: TextSettings = TextSettings()
+    clip: ClipSettings = Field(default_factory=ClipSettings)
+    video: VideoSettings = Field(default_factory=VideoSettings)
+    audio: AudioSettings = Field(default_factory=AudioSettings)
+    text: TextSettings = Field(default_factory=TextSettings)
     decoders: int = Field(0, ge=0)
     decode_timeout_s: float = Field(60.0, gt=0)
     window_mb: int = Field(512, ge=1)

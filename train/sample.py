@@ -123,7 +123,9 @@ def matching_view(trained: TrainedModel, root: Path, subset: Any) -> View:
     """Open the columns that the model was trained on, in any data set that has them."""
     config = DataConfig(
         root=str(root),
-        **trained.columns,
+        video=trained.columns["video"],
+        audio=trained.columns["audio"],
+        text=trained.columns["text"],
         seconds=trained.seconds,
         heldout_share=trained.heldout_share,
         missing="drop",
