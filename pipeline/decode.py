@@ -2,8 +2,10 @@
 
 decord decodes the picture; PyAV reads the timestamps first and decodes the sound. decord drops
 start offsets, and on clips cut between keyframes it repeats the last frame under wrong
-timestamps, so its table is compared with the demuxed one: where they differ, where the file
-carries frames that must not be shown, or where it is rotated, PyAV decodes the picture too.
+timestamps, so its table is compared with the demuxed one. After a seek it counts frames instead
+of reading their times: up to 3 frames off in open groups of pictures (x265's default), a whole
+group off in transport streams. Where the tables differ, where a seek may land elsewhere, where
+the file carries frames that must not be shown, or where it is rotated, PyAV decodes the picture.
 
 Second 0 of a file is the instant of its first shown frame (of its first sample where there is no
 picture). All times below are seconds from there, unless named ``pts_s``.
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -33,6 +35,8 @@ COMPLETE_SHARE = 0.98
 CLOCK_TOLERANCE_S = 0.002
 # Encoders put up to this much in front of the sound (AAC: 2,112 samples) for decoders to drop.
 MAX_PRIMING_S = 0.1
+# Containers whose index makes a seek land on the keyframe that was asked for.
+INDEXED_FORMATS = frozenset(("mov", "matroska"))
 # A last frame counts when at most this share of its interval is missing: streams of "10 s" end
 # some milliseconds early as often as late, and 79 frames for 80 would waste the clip.
 LAST_FRAME_SLACK = 0.2
@@ -52,6 +56,7 @@ class VideoProbe:
         end_s: presentation time at which the last frame ends.
         declared_s: length by the container's frame count, 0 where it has none.
         hidden_frames: frames needed for decoding only (an edit list cuts them off).
+        exact_seek: whether decoding can start at every keyframe, and no earlier frame comes out.
     """
 
     codec: str
@@ -63,6 +68,16 @@ class VideoProbe:
     end_s: float
     declared_s: float
     hidden_frames: int
+    exact_seek: bool
+
+
+class _Packet(NamedTuple):
+    """Timing of one packet, in ticks of its stream."""
+
+    pts: int
+    duration: int
+    hidden: bool
+    keyframe: bool
 
 
 @dataclass(frozen=True)
@@ -148,11 +163,11 @@ def probe(path: Path) -> Probe:
             audio = container.streams.best("audio")
             # A stream of a codec that this FFmpeg can't decode has no codec context.
             streams: list[Any] = [s for s in (video, audio) if s is not None and s.codec_context]
-            packets: dict[int, list[Any]] = {stream.index: [] for stream in streams}
+            packets: dict[int, list[_Packet]] = {stream.index: [] for stream in streams}
             for packet in container.demux(streams) if streams else ():
                 if packet.pts is not None:
                     timing = (packet.pts, packet.duration or 0, packet.is_discard)
-                    packets[packet.stream.index].append(timing)
+                    packets[packet.stream.index].append(_Packet(*timing, packet.is_keyframe))
             found: dict[str, Any] = {"video": None, "audio": None}
             for stream in streams:
                 timings = packets[stream.index]
@@ -191,10 +206,10 @@ def _reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
 
 
-def _video_probe(path: Path, stream: Any, packets: list[Any]) -> VideoProbe | None:
+def _video_probe(path: Path, stream: Any, packets: list[_Packet]) -> VideoProbe | None:
     if not stream.width or not stream.height:
         return None
-    shown = sorted((pts, duration) for pts, duration, hidden in packets if not hidden)
+    shown = sorted((packet.pts, packet.duration) for packet in packets if not packet.hidden)
     if not shown:
         return None
     pts_s = np.array([float(pts * stream.time_base) for pts, _ in shown])
@@ -215,7 +230,21 @@ def _video_probe(path: Path, stream: Any, packets: list[Any]) -> VideoProbe | No
         end_s=float(pts_s[-1] + last_s),
         declared_s=declared_s,
         hidden_frames=len(packets) - len(shown),
+        exact_seek=_has_exact_seek(stream, packets),
     )
+
+
+def _has_exact_seek(stream: Any, packets: list[_Packet]) -> bool:
+    """Whether the container has an index and no frame is shown before the keyframe it follows."""
+    if INDEXED_FORMATS.isdisjoint(stream.container.format.name.split(",")):
+        return False
+    keyframe_pts = packets[0].pts
+    for packet in packets:
+        if packet.keyframe:
+            keyframe_pts = packet.pts
+        elif packet.pts < keyframe_pts:
+            return False
+    return True
 
 
 def _rotation(path: Path) -> int:
@@ -228,17 +257,15 @@ def _rotation(path: Path) -> int:
             return 0  # nothing decodes: the frame count will tell
 
 
-def _audio_probe(stream: Any, packets: list[Any]) -> AudioProbe | None:
+def _audio_probe(stream: Any, packets: list[_Packet]) -> AudioProbe | None:
     context = stream.codec_context
     if not context.sample_rate or not context.channels:
         return None
-    shown = [(pts, duration) for pts, duration, hidden in packets if not hidden] or [
-        (pts, duration) for pts, duration, _ in packets
-    ]
-    start = min(pts for pts, _ in shown)
+    shown = [packet for packet in packets if not packet.hidden] or packets
+    start = min(packet.pts for packet in shown)
     if stream.start_time is not None:  # later than the first packet by the encoder's priming
         start = max(start, stream.start_time)
-    end = max(pts + duration for pts, duration in shown)
+    end = max(packet.pts + packet.duration for packet in shown)
     if context.frame_size:  # counted in packets, priming and padding among them
         declared_s = stream.frames / len(packets) * float((end - start) * stream.time_base)
     else:  # PCM is counted in samples
@@ -309,7 +336,7 @@ def _frames(
     chosen = np.searchsorted(video.pts_s, instants + CLOCK_TOLERANCE_S, side="right") - 1
     chosen = np.maximum(chosen, 0)
     width, height = _scaled_size(video, settings.size)
-    if video.hidden_frames == 0 and video.rotation == 0:
+    if video.exact_seek and video.hidden_frames == 0 and video.rotation == 0:
         frames = _decord_frames(path, video, chosen, width, height)
         if frames is not None:
             return _centre_crop(frames, settings.size), "decord"
@@ -378,12 +405,15 @@ def _pyav_frames(
 def _decoded_frames(
     path: Path, video: VideoProbe, wanted: np.ndarray
 ) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield (index, frame) for the wanted indices, seeking past what comes before them."""
+    """Yield (index, frame) for the wanted indices, seeking past what comes before them.
+
+    The seek goes a second further back: some demuxers compare decoding times, which are earlier.
+    """
     with av.open(str(path)) as container:
         stream: Any = container.streams.best("video")
         stream.thread_count = 1
-        if wanted[0] > 0:
-            target = Fraction(float(video.pts_s[wanted[0]])) / stream.time_base
+        if video.exact_seek and wanted[0] > 0:
+            target = Fraction(float(video.pts_s[wanted[0]]) - 1.0) / stream.time_base
             container.seek(int(target), stream=stream)
         for packet in container.demux(stream):
             try:
