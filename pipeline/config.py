@@ -18,9 +18,9 @@ class DctSettings:
     """Built-in video codec: see ``pipeline.codecs.builtin.DctVideo``."""
 
     name: Literal["dct"] = "dct"
-    frames: int = Field(1, ge=1, le=16)
-    block: int = Field(8, ge=2, le=32)
-    channels: int = Field(16, ge=1)
+    frames: int = Field(default=1, ge=1, le=16)
+    block: int = Field(default=8, ge=2, le=32)
+    channels: int = Field(default=16, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -28,13 +28,13 @@ class LogmelSettings:
     """Built-in audio codec: see ``pipeline.codecs.builtin.LogmelAudio``."""
 
     name: Literal["logmel"] = "logmel"
-    num_mels: int = Field(64, ge=4)
-    n_fft: int = Field(1024, ge=64)
-    hop: int = Field(160, ge=16)
-    fmin_hz: float = Field(0.0, ge=0)
-    fmax_hz: float = Field(8000.0, gt=0)
-    patch: int = Field(4, ge=1, le=16)
-    channels: int = Field(8, ge=1)
+    num_mels: int = Field(default=64, ge=4)
+    n_fft: int = Field(default=1024, ge=64)
+    hop: int = Field(default=160, ge=16)
+    fmin_hz: float = Field(default=0.0, ge=0)
+    fmax_hz: float = Field(default=8000.0, gt=0)
+    patch: int = Field(default=4, ge=1, le=16)
+    channels: int = Field(default=8, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -42,15 +42,15 @@ class HashSettings:
     """Built-in text codec: see ``pipeline.codecs.builtin.HashText``."""
 
     name: Literal["hash"] = "hash"
-    width: int = Field(64, ge=1)
+    width: int = Field(default=64, ge=1)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class VideoSettings:
     """Picture: ``fps`` frames a second, short side resized to ``size`` and centre cropped."""
 
-    fps: float = Field(8.0, gt=0, le=120)
-    size: int = Field(256, ge=16, le=4096)
+    fps: float = Field(default=8.0, gt=0, le=120)
+    size: int = Field(default=256, ge=16, le=4096)
     codec: DctSettings = Field(default_factory=DctSettings)
 
 
@@ -58,7 +58,7 @@ class VideoSettings:
 class AudioSettings:
     """Sound: PCM at ``sample_rate`` Hz, averaged to one channel or kept as two."""
 
-    sample_rate: int = Field(16000, ge=4000, le=192000)
+    sample_rate: int = Field(default=16000, ge=4000, le=192000)
     channels: Literal[1, 2] = 1
     codec: LogmelSettings = Field(default_factory=LogmelSettings)
 
@@ -67,7 +67,7 @@ class AudioSettings:
 class TextSettings:
     """Captions: cut after ``max_words``."""
 
-    max_words: int = Field(64, ge=1)
+    max_words: int = Field(default=64, ge=1)
     codec: HashSettings = Field(default_factory=HashSettings)
 
 
@@ -75,8 +75,8 @@ class TextSettings:
 class ClipSettings:
     """Which span of a file is a clip: its first ``seconds``, and not less than ``min_seconds``."""
 
-    seconds: float = Field(10.0, gt=0)
-    min_seconds: float = Field(1.0, ge=0)
+    seconds: float = Field(default=10.0, gt=0)
+    min_seconds: float = Field(default=1.0, ge=0)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -96,16 +96,16 @@ class EncodeConfig:
 
     media: str | None = None
     columns: tuple[Literal["video", "audio", "text"], ...] = ("video", "audio", "text")
-    shard_size: int = Field(512, ge=1)
+    shard_size: int = Field(default=512, ge=1)
     seed: int = 0
     clip: ClipSettings = Field(default_factory=ClipSettings)
     video: VideoSettings = Field(default_factory=VideoSettings)
     audio: AudioSettings = Field(default_factory=AudioSettings)
     text: TextSettings = Field(default_factory=TextSettings)
-    decoders: int = Field(0, ge=0)
-    decode_timeout_s: float = Field(60.0, gt=0)
-    window_mb: int = Field(512, ge=1)
-    max_failed_share: float = Field(0.5, ge=0, le=1)
+    decoders: int = Field(default=0, ge=0)
+    decode_timeout_s: float = Field(default=60.0, gt=0)
+    window_mb: int = Field(default=512, ge=1)
+    max_failed_share: float = Field(default=0.5, ge=0, le=1)
 
 
 def decode_settings(config: EncodeConfig) -> DecodeSettings:

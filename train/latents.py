@@ -41,11 +41,11 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """A micro-batch on one device, as stored: unscaled float16 latents.
+    """A micro-batch as stored: unscaled float16 latents, on the device that trains.
 
     Attributes:
         samples: int64 [B], place of every sample in the training stream, counted over all ranks
-            and epochs; keys all random draws.
+            and epochs; keys all random draws. Always on the CPU.
         keys: clip keys.
         video: float16 [B, T, C, H, W] (axes of its LatentSpec behind B).
         audio: float16 [B, L, F, C] or [B, L, C].

@@ -293,10 +293,13 @@ def crop_starts(
 
 
 def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
-    """Copy a batch to a GPU; the big tensors, which are pinned, without waiting."""
+    """Copy a batch to a GPU; the big tensors, which are pinned, without waiting.
+
+    ``samples`` stays: it seeds generators on the host, and reading it back would wait for the GPU.
+    """
     tensors = {
         name: value.to(device, non_blocking=value.is_pinned())
         for name, value in vars(batch).items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and name != "samples"
     }
-    return LatentBatch(keys=batch.keys, **tensors)
+    return LatentBatch(keys=batch.keys, samples=batch.samples, **tensors)
