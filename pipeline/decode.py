@@ -1,4 +1,4 @@
-"""Media files to frames and sound on one clock. Nothing else reads media.
+"""Media files to frames and sound on one clock. Only this file and pipeline.demux read media.
 
 decord decodes the picture; PyAV reads the timestamps first and decodes the sound. decord drops
 start offsets, and on clips cut between keyframes it repeats the last frame under wrong
@@ -7,8 +7,7 @@ of reading their times: up to 3 frames off in open groups of pictures (x265's de
 group off in transport streams. Where the tables differ, where a seek may land elsewhere, where
 the file carries frames that must not be shown, or where it is rotated, PyAV decodes the picture.
 
-Second 0 of a file is the instant of its first shown frame (of its first sample where there is no
-picture). All times below are seconds from there, unless named ``pts_s``.
+All times are seconds from the file's second 0, see ``pipeline.demux``, unless named ``pts_s``.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
 
 from pipeline.audio import resample  # imports torch: decord before torch can crash (sam2#465)
+from pipeline.demux import AudioProbe, Probe, VideoProbe, open_media, probe
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 
 import decord  # isort: skip
@@ -35,76 +34,13 @@ COMPLETE_SHARE = 0.98
 CLOCK_TOLERANCE_S = 0.002
 # Encoders put up to this much in front of the sound (AAC: 2,112 samples) for decoders to drop.
 MAX_PRIMING_S = 0.1
-# Containers whose index makes a seek land on the keyframe that was asked for.
-INDEXED_FORMATS = frozenset(("mov", "matroska"))
 # A last frame counts when at most this share of its interval is missing: streams of "10 s" end
 # some milliseconds early as often as late, and 79 frames for 80 would waste the clip.
 LAST_FRAME_SLACK = 0.2
 
-av.logging.set_level(None)
 os.environ.setdefault("DECORD_LOG_LEVEL", "3")
 decord.logging.set_level(decord.logging.QUIET)
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class VideoProbe:
-    """What demuxing says of the picture.
-
-    Attributes:
-        pts_s: float64 [frames], sorted presentation times of the frames that are shown.
-        end_s: presentation time at which the last frame ends.
-        declared_s: length by the container's frame count, 0 where it has none.
-        hidden_frames: frames needed for decoding only (an edit list cuts them off).
-        exact_seek: whether decoding can start at every keyframe, and no earlier frame comes out.
-    """
-
-    codec: str
-    width: int
-    height: int
-    pixel_aspect: float
-    rotation: int
-    pts_s: np.ndarray
-    end_s: float
-    declared_s: float
-    hidden_frames: int
-    exact_seek: bool
-
-
-class _Packet(NamedTuple):
-    """Timing of one packet, in ticks of its stream."""
-
-    pts: int
-    duration: int
-    hidden: bool
-    keyframe: bool
-
-
-@dataclass(frozen=True)
-class AudioProbe:
-    """What demuxing says of the sound; times as in ``VideoProbe``."""
-
-    codec: str
-    sample_rate: int
-    channels: int
-    start_s: float
-    end_s: float
-    declared_s: float
-
-
-@dataclass(frozen=True)
-class Probe:
-    """Both streams of a file; None where there is none that can be decoded."""
-
-    video: VideoProbe | None
-    audio: AudioProbe | None
-
-    @property
-    def zero_s(self) -> float:
-        """Presentation time of the file's second 0."""
-        if self.video:
-            return float(self.video.pts_s[0])
-        return self.audio.start_s if self.audio else 0.0
 
 
 def decode_clip(path: Path, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
@@ -151,39 +87,6 @@ def decode_clip(path: Path, clip: Clip, settings: DecodeSettings, wanted: set[st
     return Decoded(frames, sound, problems, facts)
 
 
-def probe(path: Path) -> Probe:
-    """Read every packet's timestamps, decoding nothing.
-
-    Raises:
-        ClipError: ``missing`` or ``unreadable``.
-    """
-    try:
-        with av.open(str(path)) as container:
-            video = container.streams.best("video")
-            audio = container.streams.best("audio")
-            # A stream of a codec that this FFmpeg can't decode has no codec context.
-            streams: list[Any] = [s for s in (video, audio) if s is not None and s.codec_context]
-            packets: dict[int, list[_Packet]] = {stream.index: [] for stream in streams}
-            for packet in container.demux(streams) if streams else ():
-                if packet.pts is not None:
-                    timing = (packet.pts, packet.duration or 0, packet.is_discard)
-                    packets[packet.stream.index].append(_Packet(*timing, packet.is_keyframe))
-            found: dict[str, Any] = {"video": None, "audio": None}
-            for stream in streams:
-                timings = packets[stream.index]
-                if timings and stream.type == "video":
-                    found["video"] = _video_probe(path, stream, timings)
-                elif timings:
-                    found["audio"] = _audio_probe(stream, timings)
-    except FileNotFoundError:
-        raise ClipError("missing", f"no file {path.name}") from None
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise ClipError("unreadable", f"FFmpeg can't open it: {_reason(error)}") from None
-    if not any(found.values()):
-        raise ClipError("unreadable", "no stream of picture or sound that can be decoded")
-    return Probe(**found)
-
-
 def read_sound(path: Path, sample_rate: int) -> np.ndarray:
     """Read a whole file's sound, averaged to mono, float32 [N]; second 0 is its first frame's.
 
@@ -196,88 +99,6 @@ def read_sound(path: Path, sample_rate: int) -> np.ndarray:
     whole = Clip(key="", uri="", start_s=0.0, duration_s=probed.audio.end_s - probed.zero_s)
     settings = DecodeSettings(fps=1, size=1, sample_rate=sample_rate, channels=1, min_seconds=0)
     return _sound(path, probed.audio, probed.zero_s, whole, whole.duration_s, settings)[0]
-
-
-# ---------------------------------------------------------------------------------------------
-# Probing
-
-
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
-
-
-def _video_probe(path: Path, stream: Any, packets: list[_Packet]) -> VideoProbe | None:
-    if not stream.width or not stream.height:
-        return None
-    shown = sorted((packet.pts, packet.duration) for packet in packets if not packet.hidden)
-    if not shown:
-        return None
-    pts_s = np.array([float(pts * stream.time_base) for pts, _ in shown])
-    steps_s = np.diff(pts_s)
-    last_s = float(shown[-1][1] * stream.time_base)
-    if last_s <= 0:
-        last_s = float(np.median(steps_s)) if len(steps_s) else 0.0
-    declared_s = 0.0
-    if stream.frames and len(packets) > 1:
-        declared_s = stream.frames / len(packets) * (pts_s[-1] + last_s - pts_s[0])
-    return VideoProbe(
-        codec=stream.codec_context.name,
-        width=stream.width,
-        height=stream.height,
-        pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
-        rotation=_rotation(path),
-        pts_s=pts_s,
-        end_s=float(pts_s[-1] + last_s),
-        declared_s=declared_s,
-        hidden_frames=len(packets) - len(shown),
-        exact_seek=_has_exact_seek(stream, packets),
-    )
-
-
-def _has_exact_seek(stream: Any, packets: list[_Packet]) -> bool:
-    """Whether the container has an index and no frame is shown before the keyframe it follows."""
-    if INDEXED_FORMATS.isdisjoint(stream.container.format.name.split(",")):
-        return False
-    keyframe_pts = packets[0].pts
-    for packet in packets:
-        if packet.keyframe:
-            keyframe_pts = packet.pts
-        elif packet.pts < keyframe_pts:
-            return False
-    return True
-
-
-def _rotation(path: Path) -> int:
-    """Read the display rotation of the first frame, degrees counter-clockwise in [0, 360)."""
-    with av.open(str(path)) as container:
-        stream: Any = container.streams.best("video")
-        try:
-            return next(int(frame.rotation) % 360 for frame in container.decode(stream))
-        except (av.FFmpegError, StopIteration):
-            return 0  # nothing decodes: the frame count will tell
-
-
-def _audio_probe(stream: Any, packets: list[_Packet]) -> AudioProbe | None:
-    context = stream.codec_context
-    if not context.sample_rate or not context.channels:
-        return None
-    shown = [packet for packet in packets if not packet.hidden] or packets
-    start = min(packet.pts for packet in shown)
-    if stream.start_time is not None:  # later than the first packet by the encoder's priming
-        start = max(start, stream.start_time)
-    end = max(packet.pts + packet.duration for packet in shown)
-    if context.frame_size:  # counted in packets, priming and padding among them
-        declared_s = stream.frames / len(packets) * float((end - start) * stream.time_base)
-    else:  # PCM is counted in samples
-        declared_s = stream.frames / context.sample_rate
-    return AudioProbe(
-        codec=context.name,
-        sample_rate=context.sample_rate,
-        channels=context.channels,
-        start_s=float(start * stream.time_base),
-        end_s=float(end * stream.time_base),
-        declared_s=declared_s,
-    )
 
 
 def _common_span(probed: Probe, clip: Clip) -> tuple[float, dict[str, str]]:
@@ -409,7 +230,7 @@ def _decoded_frames(
 
     The seek goes a second further back: some demuxers compare decoding times, which are earlier.
     """
-    with av.open(str(path)) as container:
+    with open_media(path) as container:
         stream: Any = container.streams.best("video")
         stream.thread_count = 1
         if video.exact_seek and wanted[0] > 0:
@@ -487,7 +308,7 @@ def _decoded_sound(
     path: Path, audio: AudioProbe, from_s: float, to_s: float
 ) -> Iterator[tuple[float, np.ndarray]]:
     """Yield (pts_s, float32 [channels, n]) at the native rate around the wanted span."""
-    with av.open(str(path)) as container:
+    with open_media(path) as container:
         stream: Any = container.streams.best("audio")
         stream.thread_count = 1
         if from_s > audio.start_s + 1.0:  # start a second early: codecs need a run-up

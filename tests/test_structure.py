@@ -20,7 +20,7 @@ IMPORTERS = {
     "ray": {"pipeline/cells.py"},
     "deepspeed": {"train/engine.py"},
     "decord": {"pipeline/decode.py"},
-    "av": {"pipeline/decode.py", "pipeline/mux.py"},
+    "av": {"pipeline/demux.py", "pipeline/decode.py", "pipeline/mux.py"},
     "torchaudio": {"pipeline/audio.py"},
 }
 TRAIN_MAY_IMPORT = {"pipeline.format", "pipeline.settings", "pipeline"}

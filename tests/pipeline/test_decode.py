@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.decode import decode_clip, probe, read_sound
+from pipeline.decode import decode_clip, read_sound
+from pipeline.demux import probe
 from pipeline.format import STATUSES
 from pipeline.media import Clip, ClipError, DecodeSettings
 from pipeline.mux import write_mp4
@@ -139,6 +140,74 @@ def test_span_starts_at_its_second_in_both_modalities(tmp_path, start_s):
     assert decoded.sound.shape == (1, 2 * RATE)
     if start_s + 2 > 3:
         assert click_second(decoded.sound) == pytest.approx(3.0 - start_s, abs=0.002)
+
+
+OPEN_GROUPS = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}
+SHORT_GROUPS = {"g": "12", "bf": "3"}
+
+
+def encode_groups(path, codec, options, muxer_options=None):
+    """Six numbered seconds at 25 fps in short groups of pictures."""
+    with av.open(str(path), "w", options=muxer_options or {}) as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = SIZE, SIZE, "yuv420p"
+        for pixels in numbered(150):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "muxer_options"),
+    [
+        ("a.mp4", "libx264", SHORT_GROUPS, {}),
+        ("a.mp4", "libx264", OPEN_GROUPS, {}),
+        ("a.mp4", "libx264", SHORT_GROUPS, {"movflags": "frag_keyframe+empty_moov"}),
+        ("a.mp4", "libx265", {"x265-params": "keyint=12:bframes=3:log-level=none"}, {}),
+        ("a.mkv", "libx264", OPEN_GROUPS, {}),
+        ("a.mkv", "libx264", SHORT_GROUPS, {"live": "1"}),  # without an index
+        ("a.webm", "libvpx-vp9", {"g": "12"}, {}),
+        ("a.ts", "libx264", SHORT_GROUPS, {}),
+        ("a.ts", "mpeg2video", {"g": "12"}, {}),
+        ("a.flv", "libx264", SHORT_GROUPS, {}),
+        ("a.mxf", "mpeg2video", {"g": "12", "bf": "2"}, {}),
+    ],
+)
+@pytest.mark.parametrize("decoder", ["its own", "pyav"])
+def test_frames_are_right_behind_a_seek(
+    tmp_path, monkeypatch, name, codec, options, muxer_options, decoder
+):
+    """decord counts frames after a seek: off in open groups and in files without an index."""
+    if decoder == "pyav":
+        monkeypatch.setattr("pipeline.decode._decord_frames", lambda *arguments: None)
+    encode_groups(tmp_path / name, codec, options, muxer_options)
+    for start in (0, 11, 12, 13, 35, 60, 107):
+        decoded = decode(tmp_path / name, clip_of(start / 25, 1.0))
+        assert set(decoded.problems) == {"audio"}
+        assert_shows(decoded.frames, start / 25 + np.arange(8) / 8, 25)
+
+
+def test_closed_groups_with_an_index_are_decoded_by_decord(tmp_path):
+    for name, options, decoder in (
+        ("a.mp4", SHORT_GROUPS, "decord"),
+        ("b.mkv", SHORT_GROUPS, "decord"),
+        ("c.mp4", OPEN_GROUPS, "pyav"),
+    ):
+        encode_groups(tmp_path / name, "libx264", options)
+        assert decode(tmp_path / name).facts["decoder"] == decoder
+
+
+def test_title_in_another_encoding_does_not_matter(tmp_path):
+    path = make(tmp_path / "a.mp4", seconds=2)
+    titled = tmp_path / "b.mp4"
+    with av.open(str(path)) as source, av.open(str(titled), "w") as target:
+        target.metadata["title"] = "XXXX"
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.pts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    titled.write_bytes(titled.read_bytes().replace(b"XXXX", "Käß€".encode("cp1252")))
+    assert set(decode(titled).problems) == {"audio"}
 
 
 def test_wide_film_is_scaled_to_its_short_side_and_cropped_in_the_centre(tmp_path):
@@ -416,6 +485,18 @@ def correlation(picture, small):
         for image in (picture, small)
     ]
     return np.corrcoef(parts[0].ravel(), parts[1].ravel())[0, 1]
+
+
+@pytest.mark.parametrize("folder", ["vggsound/video", "folders/unlabelled"])
+def test_both_decoders_show_the_same_pictures(shared_clips, monkeypatch, folder):
+    paths = [path for path in sorted((shared_clips / folder).iterdir()) if path.is_file()][:4]
+    for path in paths:
+        decoded = decode(path, clip_of(2.3, 1.0), wanted={"video"})
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.decode._decord_frames", lambda *arguments: None)
+            other = decode(path, clip_of(2.3, 1.0), wanted={"video"})
+        for ours, theirs in zip(decoded.frames, other.frames, strict=True):
+            assert np.abs(ours.astype(float) - theirs).mean() < 6
 
 
 def test_rotated_film_is_upright(shared_clips):
