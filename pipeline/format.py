@@ -55,10 +55,6 @@ class FormatError(Exception):
     """A data set, or a file in it, is not what the contract says."""
 
 
-# ---------------------------------------------------------------------------------------------
-# Small files
-
-
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of a value: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -118,10 +114,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------------------------
-# The plan
 
 
 @dataclass(frozen=True)
@@ -192,10 +184,6 @@ def read_plan(root: Path) -> Plan:
 def write_plan(root: Path, plan: Plan) -> None:
     """Write the plan's head; plan.parquet must be there already."""
     write_json(root / "plan.json", asdict(plan))
-
-
-# ---------------------------------------------------------------------------------------------
-# Columns
 
 
 @dataclass(frozen=True)
@@ -282,9 +270,7 @@ class Column:
         Raises:
             FormatError: it is missing, has another length, or points outside its tar.
         """
-        record = self.commit(shard)
-        if record is None:
-            raise FormatError(f"{self.path.name} shard {shard} is not committed; encode it first")
+        record = self.committed(shard)
         path = self.path / record["index"]
         try:
             index = np.load(path, allow_pickle=False)
@@ -311,12 +297,20 @@ class Column:
             )
         return index
 
-    def tar_path(self, shard: int) -> Path:
-        """Return the path of a committed shard's tar."""
+    def committed(self, shard: int) -> dict[str, Any]:
+        """Return the commit record of a shard that must have one.
+
+        Raises:
+            FormatError: it has none, or another data set's.
+        """
         record = self.commit(shard)
         if record is None:
             raise FormatError(f"{self.path.name} shard {shard} is not committed; encode it first")
-        return self.path / record["tar"]
+        return record
+
+    def tar_path(self, shard: int) -> Path:
+        """Return the path of a committed shard's tar."""
+        return self.path / self.committed(shard)["tar"]
 
     def statistics(self) -> dict[str, Any]:
         """Sum the channel statistics of all committed shards.
@@ -329,7 +323,7 @@ class Column:
         """
         count, total, squares = 0, np.zeros(1), np.zeros(1)
         for shard in sorted(self.committed_shards()):
-            sums = (self.commit(shard) or {})["channels"]
+            sums = self.committed(shard)["channels"]
             if sums["count"]:
                 count += sums["count"]
                 total = total + np.array(sums["sum"])

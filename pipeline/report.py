@@ -109,7 +109,7 @@ def column_totals(column: fmt.Column, rows_per_shard: list[int]) -> dict[str, An
         "statuses": Counter(),
     }
     for shard in committed:
-        record = column.commit(shard) or {}
+        record = column.committed(shard)
         totals["rows"] += record["rows"]
         totals["ok"] += record["ok"]
         totals["bytes"] += record["tar_bytes"]
