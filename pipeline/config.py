@@ -19,7 +19,7 @@ class DctSettings:
 
     name: Literal["dct"] = "dct"
     frames: int = Field(default=1, ge=1, le=16)
-    block: int = Field(default=8, ge=2, le=32)
+    block: int = Field(default=8, ge=2, le=16)
     channels: int = Field(default=16, ge=1)
 
 

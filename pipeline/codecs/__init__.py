@@ -58,13 +58,19 @@ def build_codec(codec: dict[str, Any], preprocessing: dict[str, Any]) -> Codec:
         preprocessing: what its input went through (fps, size, sample_rate, …).
 
     Raises:
-        FormatError: no codec of that name.
+        FormatError: no codec of that name, or it has no such settings.
     """
     settings = dict(codec)
-    name = settings.pop("name")
+    name = settings.pop("name", None)
     if name not in CODECS:
         raise FormatError(f"codec {name!r} is unknown to this version; known: {', '.join(CODECS)}")
-    return CODECS[name](preprocessing, **settings)
+    try:
+        return CODECS[name](preprocessing, **settings)
+    except (KeyError, TypeError) as error:
+        raise FormatError(
+            f"codec {codec} after {preprocessing} can't be built ({error}); "
+            "use the version that wrote it"
+        ) from None
 
 
 def column_spec(modality: str, codec: dict[str, Any], preprocessing: dict[str, Any]) -> ColumnSpec:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from pipeline.audio import griffin_lim, mel_spectrogram
+from pipeline.format import FormatError
 
 # BT.601 full range, rows Y, Cb, Cr over RGB in [0, 1].
 RGB_TO_YCBCR = np.array(
@@ -66,6 +67,11 @@ class DctVideo:
     def __init__(
         self, preprocessing: dict[str, Any], *, frames: int = 1, block: int = 8, channels: int = 16
     ) -> None:
+        if channels > 3 * frames * block**2:
+            raise FormatError(
+                f"dct with channels={channels}: blocks of frames={frames}, block={block} have "
+                f"{3 * frames * block**2} coefficients"
+            )
         self.frames, self.block = frames, block
         fps = float(preprocessing["fps"])
         self.rate_hz = fps / frames
@@ -93,9 +99,10 @@ class DctVideo:
         count, rows, columns = frames.shape[0] // t, frames.shape[1] // b, frames.shape[2] // b
         blocks = frames[: count * t, : rows * b, : columns * b]
         blocks = blocks.reshape(count, t, rows, b, columns, b, 3).transpose(0, 2, 4, 1, 3, 5, 6)
-        flat = blocks.reshape(count * rows * columns, -1).astype(np.float32) / 255 - 0.5
+        kept, values = self.forward.shape
+        flat = blocks.reshape(count * rows * columns, values).astype(np.float32) / 255 - 0.5
         latent = flat @ self.forward.T
-        return latent.reshape(count, rows, columns, -1).transpose(0, 3, 1, 2).copy()
+        return latent.reshape(count, rows, columns, kept).transpose(0, 3, 1, 2).copy()
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Decode latents [L, P, rows, columns] into frames uint8 [L * frames, H, W, 3]."""
@@ -136,6 +143,11 @@ class LogmelAudio:
         patch: int = 4,
         channels: int = 8,
     ) -> None:
+        if num_mels % patch or channels > patch**2:
+            raise FormatError(
+                f"logmel with num_mels={num_mels}, channels={channels}: expected a multiple of "
+                f"patch={patch} and at most {patch**2} channels"
+            )
         self.patch, self.hop, self.n_fft = patch, hop, n_fft
         sample_rate = int(preprocessing["sample_rate"])
         self.rate_hz = sample_rate / (hop * patch)
@@ -156,10 +168,13 @@ class LogmelAudio:
         patch, samples = self.patch, self.patch * self.hop
         count = int(sound.shape[1] / samples + LAST_LATENT_SLACK)
         mono = torch.from_numpy(sound.mean(axis=0))
-        mono = torch.nn.functional.pad(mono, (0, max(0, count * samples - len(mono))))
+        # The transform mirrors half a window at both ends.
+        needed = max(count * samples, self.n_fft // 2 + 1)
+        mono = torch.nn.functional.pad(mono, (0, max(0, needed - len(mono))))
         spectrogram = self.mel(mono).clamp_min(1e-5).log().numpy()[:, : count * patch]
-        blocks = spectrogram.T.reshape(count, patch, -1, patch).transpose(0, 2, 1, 3)
-        return blocks.reshape(count, -1, patch * patch) @ self.basis.T
+        bands = spectrogram.shape[0] // patch
+        blocks = spectrogram.T.reshape(count, patch, bands, patch).transpose(0, 2, 1, 3)
+        return blocks.reshape(count, bands, patch * patch) @ self.basis.T
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Decode latents [L, bands, channels] into mono sound float32 [1, L * patch * hop]."""
