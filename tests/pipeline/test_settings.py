@@ -151,7 +151,7 @@ BYTES = [
     for name, value in leaves(asdict(EncodeConfig()))
     if name.startswith(("video.", "audio.", "text.")) and not name.endswith(".name")
 ]
-ALTERNATIVES = {"audio.channels": 2, "audio.codec.num_mels": 128, "audio.codec.patch": 2}
+ALTERNATIVES = {"audio.channels": 2, "audio.codec.num_mels": 128, "audio.codec.patch": 8}
 
 
 @pytest.mark.parametrize(("name", "value"), [*BYTES, ("clip.min_seconds", 1.0)])
