@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,15 @@ class CellError(Exception):
 class DecoderActor:
     """One process that decodes one clip at a time; killed from outside when it hangs."""
 
+    def __init__(self) -> None:
+        from pipeline.decode import decode_clip  # slow to load: a part of the start, not of a clip
+
+        self._decode_clip = decode_clip
+
     def decode(self, root: str, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
         """Decode one clip; whatever is wrong with it is in the result."""
-        from pipeline.decode import decode_clip
-
         try:
-            return decode_clip(Path(root) / clip.uri, clip, settings, wanted)
+            return self._decode_clip(Path(root) / clip.uri, clip, settings, wanted)
         except ClipError as error:
             problem = (error.status, error.message)
             return Decoded(None, None, {"video": problem, "audio": problem})
@@ -53,10 +56,14 @@ class DecoderActor:
 
 @dataclass
 class _Lane:
-    """A decoder and the clips queued on it, oldest first; its deadline is the oldest's."""
+    """A decoder and the clips queued on it, oldest first; its deadline is the oldest's.
+
+    ``starting`` resolves when the process has loaded its libraries, and is None from then on.
+    """
 
     actor: Any
-    queue: deque[tuple[int, Any]]
+    starting: Any | None
+    queue: deque[tuple[int, Any]] = field(default_factory=deque)
     head_since: float = 0.0
 
 
@@ -70,13 +77,14 @@ class DecoderPool:
     def __init__(self, job: Job, group: PlacementGroup, num_decoders: int) -> None:
         self._job, self._group = job, group
         self._depth = -(-job.window_clips // num_decoders)
-        self._lanes = [_Lane(self._start(i), deque()) for i in range(num_decoders)]
+        self._lanes = [self._start(i) for i in range(num_decoders)]
 
-    def _start(self, number: int) -> Any:
+    def _start(self, number: int) -> _Lane:
         strategy = PlacementGroupSchedulingStrategy(
             self._group, placement_group_bundle_index=1 + number
         )
-        return DecoderActor.options(scheduling_strategy=strategy).remote()
+        actor: Any = DecoderActor.options(scheduling_strategy=strategy).remote()
+        return _Lane(actor, actor.__ray_ready__.remote())
 
     def decode(
         self, clips: list[Clip], rows: list[int], wanted: set[str]
@@ -88,7 +96,7 @@ class DecoderPool:
         """
         waiting, failures = deque(rows), dict[int, int]()
         while waiting or any(lane.queue for lane in self._lanes):
-            self._fill(waiting, clips, wanted)
+            self._fill(waiting, failures, clips, wanted)
             heads = [lane.queue[0][1] for lane in self._lanes if lane.queue]
             ray.wait(heads, timeout=min(HEARTBEAT_S, self._job.decode_timeout_s / 4))
             pending = [ref for lane in self._lanes for _, ref in lane.queue]
@@ -101,13 +109,23 @@ class DecoderPool:
             if not came:
                 yield None
 
-    def _fill(self, waiting: deque[int], clips: list[Clip], wanted: set[str]) -> None:
-        """Queue clips ahead, never further than the window beyond the oldest one not decoded."""
+    def _fill(
+        self, waiting: deque[int], failures: dict[int, int], clips: list[Clip], wanted: set[str]
+    ) -> None:
+        """Queue clips ahead, never further than the window beyond the oldest one not decoded.
+
+        A clip that failed gets a decoder to itself: a process that dies can take the answer for
+        the clip before with it, and that one must not be blamed twice.
+        """
+
+        def load(lane: _Lane) -> int:
+            return self._depth if lane.queue and lane.queue[0][0] in failures else len(lane.queue)
+
         queued = [row for lane in self._lanes for row, _ in lane.queue]
         end = min([*queued, *waiting], default=0) + self._job.window_clips
         while waiting and waiting[0] < end:
-            lane = min(self._lanes, key=lambda lane: len(lane.queue))
-            if len(lane.queue) >= self._depth:
+            lane = min(self._lanes, key=load)
+            if load(lane) >= (1 if waiting[0] in failures else self._depth):
                 return
             row = waiting.popleft()
             if not lane.queue:
@@ -136,10 +154,14 @@ class DecoderPool:
             lane.queue.popleft()
             lane.head_since = time.monotonic()
             yield row, decoded
-        overdue_s = time.monotonic() - lane.head_since - self._job.decode_timeout_s
-        if lane.queue and overdue_s > 0:
+        if lane.starting is not None and ray.wait([lane.starting], timeout=0)[0]:
+            lane.starting, lane.head_since = None, time.monotonic()
+        limit_s = self._job.decode_timeout_s if lane.starting is None else START_TIMEOUT_S
+        overdue = lane.queue and time.monotonic() - lane.head_since > limit_s
+        # Asked again: it may have come while the caller was busy with another row.
+        if overdue and not ray.wait([lane.queue[0][1]], timeout=0)[0]:
             ray.kill(lane.actor)
-            status = ("decode_timeout", f"not decoded in {self._job.decode_timeout_s:g} s")
+            status = ("decode_timeout", f"not decoded in {limit_s:g} s")
             yield from self._replace(number, lane, status, waiting, failures)
 
     def _replace(
@@ -152,7 +174,7 @@ class DecoderPool:
     ) -> Iterator[tuple[int, Decoded]]:
         """Start a new decoder; blame the oldest clip, queue the others again."""
         rows = [row for row, _ in lane.queue]
-        lane.actor, lane.queue = self._start(number), deque()
+        self._lanes[number] = self._start(number)
         failures[rows[0]] = failures.get(rows[0], 0) + 1
         if failures[rows[0]] >= MAX_CLIP_ATTEMPTS:
             yield rows.pop(0), _failed(status[0], f"{status[1]}, {MAX_CLIP_ATTEMPTS} times")
