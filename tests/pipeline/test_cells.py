@@ -1,0 +1,206 @@
+"""A decoder that hangs, dies or raises costs its own clip at most, and no clip is lost or doubled.
+
+The pool is real and so are its processes; only what a decoder does with a clip is replaced, by
+an actor that behaves as the clip's key says.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.util.placement_group import placement_group, remove_placement_group
+
+from pipeline import cells
+from pipeline.cells import DecoderPool, local_cluster
+from pipeline.encoder import Job
+from pipeline.media import Clip, Decoded, DecodeSettings
+from pipeline.mux import write_mp4
+
+# By value: a worker that imported this module would import torch for nothing.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+NUM_DECODERS = 2
+TIMEOUT_S = 3.0
+SETTINGS = DecodeSettings(fps=8, size=64, sample_rate=16000, channels=1, min_seconds=1)
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class OddDecoder:
+    """Does what the clip's key says, and notes every attempt in the source's folder."""
+
+    def decode(self, root, clip, settings, wanted):
+        behaviour, row = clip.key.split("-")
+        attempts = len(list(Path(root).glob(f"{row}.*")))
+        Path(root, f"{row}.{attempts}").touch()
+        if behaviour == "hang" or (behaviour == "hangonce" and attempts == 0):
+            ctypes.PyDLL(None).sleep(1000)  # in C and holding the GIL, like decord
+        if behaviour == "crash" or (behaviour == "crashonce" and attempts == 0):
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if behaviour == "raise":
+            raise ZeroDivisionError("a bug")
+        return Decoded(np.full((2, 4, 4, 3), int(row), np.uint8), None, {}, {"attempts": attempts})
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class SlowToStart:
+    """Takes longer to load its libraries than a clip may take."""
+
+    def __init__(self):
+        time.sleep(2 * TIMEOUT_S)
+
+    def decode(self, root, clip, settings, wanted):
+        return Decoded(None, None)
+
+
+@pytest.fixture(scope="module")
+def group():
+    with local_cluster(NUM_DECODERS + 1, object_store_bytes=100_000_000):
+        placed = placement_group([{"CPU": 1}] * (NUM_DECODERS + 1), "STRICT_PACK")
+        assert placed.wait(60)
+        yield placed
+        remove_placement_group(placed)
+
+
+@pytest.fixture
+def make_pool(group, tmp_path, monkeypatch):
+    pools = []
+
+    def make(decoder=OddDecoder, window=8, timeout_s=TIMEOUT_S):
+        if decoder is not None:
+            monkeypatch.setattr(cells, "DecoderActor", decoder)
+        job = Job("", str(tmp_path), "plan", "run", {}, SETTINGS, timeout_s, window)
+        pools.append(DecoderPool(job, group, NUM_DECODERS))
+        return pools[-1]
+
+    yield make
+    for pool in pools:
+        for lane in pool._lanes:
+            ray.kill(lane.actor)
+
+
+def clips_of(*behaviours):
+    return [Clip(f"{name}-{row}", f"{row}.mp4", 0, 10) for row, name in enumerate(behaviours)]
+
+
+def collect(pool, clips, rows=None):
+    """Run the pool dry: row -> decoded, each row once, and its own frames."""
+    rows = list(range(len(clips))) if rows is None else rows
+    found = [news for news in pool.decode(clips, rows, {"video"}) if news is not None]
+    assert Counter(row for row, _ in found) == Counter(rows)
+    decoded = dict(found)
+    for row, result in decoded.items():
+        if not result.problems:
+            assert (result.frames == row).all()
+    return decoded
+
+
+def statuses(decoded):
+    return {row: result.problems["video"][0] for row, result in decoded.items() if result.problems}
+
+
+def test_every_row_comes_once_with_its_own_frames(make_pool):
+    pool = make_pool()
+    assert statuses(collect(pool, clips_of(*["fine"] * 30))) == {}
+    # The same decoders go on with another shard, of which some rows have no file.
+    assert statuses(collect(pool, clips_of(*["fine"] * 12), rows=[0, 3, 4, 11])) == {}
+    assert collect(pool, clips_of("fine"), rows=[]) == {}
+
+
+def test_clip_that_hangs_in_native_code_costs_itself_only(make_pool, tmp_path):
+    pool = make_pool()
+    clips = clips_of("fine", "hang", *["fine"] * 10)
+    decoded = collect(pool, clips)
+    assert statuses(decoded) == {1: "decode_timeout"}
+    assert "3 s, 2 times" in decoded[1].problems["audio"][1]
+    assert len(list(tmp_path.glob("1.*"))) == 2
+    assert statuses(collect(pool, clips_of("fine", "fine"))) == {}
+
+
+def test_clip_that_kills_its_decoder_costs_itself_only(make_pool, tmp_path):
+    decoded = collect(make_pool(), clips_of("crash", *["fine"] * 6, "crash", "fine"))
+    assert statuses(decoded) == {0: "decode_crash", 7: "decode_crash"}
+    assert "its decoder died" in decoded[0].problems["video"][1]
+    # Three attempts where the first death was blamed on the clip before.
+    assert all(2 <= len(list(tmp_path.glob(f"{row}.*"))) <= 3 for row in (0, 7))
+
+
+def test_clip_before_a_killer_is_not_quarantined(make_pool):
+    """A death right behind a finished clip can swallow that clip's answer."""
+    decoded = collect(make_pool(), clips_of(*["fine", "fine", "crash"] * 4))
+    assert statuses(decoded) == dict.fromkeys((2, 5, 8, 11), "decode_crash")
+
+
+def test_clip_that_fails_once_is_decoded_the_second_time(make_pool):
+    decoded = collect(make_pool(), clips_of("crashonce", "fine", "hangonce", "fine", "fine"))
+    assert statuses(decoded) == {}
+    assert decoded[0].facts["attempts"] == decoded[2].facts["attempts"] == 1
+
+
+def test_bug_in_the_decoder_is_a_status_and_kills_no_process(make_pool, tmp_path):
+    decoded = collect(make_pool(), clips_of("fine", "raise", "fine"))
+    assert statuses(decoded) == {1: "decode_crash"}
+    assert "ZeroDivisionError('a bug')" in decoded[1].problems["video"][1]
+    assert len(list(tmp_path.glob("1.*"))) == 1
+
+
+def test_shard_of_nothing_but_killers_ends(make_pool):
+    decoded = collect(make_pool(), clips_of(*["crash"] * 4))
+    assert statuses(decoded) == dict.fromkeys(range(4), "decode_crash")
+
+
+def test_nothing_is_decoded_further_ahead_than_the_window(make_pool, tmp_path):
+    """While row 0 hangs, the other decoder stops at the window's end."""
+    window = 5
+    clips = clips_of("hang", *["fine"] * 20)
+    silent = 0
+    for news in make_pool(window=window).decode(clips, list(range(21)), {"video"}):
+        if news is None:
+            silent += 1
+            continue
+        if news[0] == 0:
+            break
+        assert news[0] < window
+    started = {int(path.stem) for path in tmp_path.iterdir()}
+    assert max(started) < window
+    assert silent > 0, "the caller must hear that the pool is alive"
+
+
+def test_caller_that_is_slow_costs_no_clip(make_pool):
+    """Results that wait for the caller are not late: the clock is the decoder's, not ours."""
+    pool = make_pool(timeout_s=1.0)
+    found = []
+    for news in pool.decode(clips_of(*["fine"] * 5), list(range(5)), {"video"}):
+        if news is not None:
+            found.append(news)
+            time.sleep(1.3)
+    assert sorted(row for row, _ in found) == list(range(5))
+    assert statuses(dict(found)) == {}
+    assert [decoded.facts["attempts"] for _, decoded in found] == [0] * 5
+
+
+def test_time_to_start_a_decoder_is_not_the_clip_s(make_pool):
+    pool = make_pool(decoder=SlowToStart)
+    found = [
+        news for news in pool.decode(clips_of("fine", "fine", "fine"), [0, 1, 2], set()) if news
+    ]
+    assert {row for row, _ in found} == {0, 1, 2}
+    assert statuses(dict(found)) == {}
+
+
+def test_real_decoder_decodes_and_gives_statuses(make_pool, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (50, 64, 64, 3), dtype=np.uint8)
+    write_mp4(tmp_path / "0.mp4", frames, 25, np.zeros(32000) + 0.1, 16000)
+    (tmp_path / "1.mp4").write_bytes(b"garbage")
+    pool = make_pool(decoder=None, timeout_s=60)
+    news = pool.decode(clips_of("fine", "fine", "fine"), [0, 1, 2], {"video", "audio"})
+    decoded = dict(found for found in news if found is not None)
+    assert statuses(decoded) == {1: "unreadable", 2: "missing"}
+    assert decoded[0].frames.shape == (16, 64, 64, 3)
+    assert decoded[0].sound.shape == (1, 32000)
