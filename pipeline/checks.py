@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import format as fmt
+from pipeline.files import write_atomically
 from pipeline.media import Clip, Decoded
 
 FACTS_SCHEMA = pa.schema(
@@ -61,4 +62,4 @@ def write_facts(folder: Path, shard: int, rows: list[dict[str, Any]]) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, FACTS_SCHEMA), sink)
     folder.mkdir(exist_ok=True)
-    fmt.write_atomically(folder / f"{fmt.shard_name(shard)}.parquet", sink.getvalue().to_pybytes())
+    write_atomically(folder / f"{fmt.shard_name(shard)}.parquet", sink.getvalue().to_pybytes())

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pipeline import format as fmt
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.encoder import Job, ShardTask, caption_key
+from pipeline.files import write_atomically, write_json
 from pipeline.plan import ensure_plan, read_captions, read_clips
 from pipeline.report import RunReport, column_totals, print_table
 from pipeline.settings import ConfigError, dump, load
@@ -208,7 +209,7 @@ def write_captions(column: fmt.Column, captions: list[str]) -> None:
     table = pa.table({"row": range(len(captions)), "key": keys, "caption": captions})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
-    fmt.write_atomically(path, sink.getvalue().to_pybytes())
+    write_atomically(path, sink.getvalue().to_pybytes())
 
 
 def write_statistics(column: fmt.Column) -> None:
@@ -223,7 +224,7 @@ def write_statistics(column: fmt.Column) -> None:
     except fmt.FormatError:
         return  # no clip of this modality could be encoded
     if value.get("statistics") != statistics:
-        fmt.write_json(path, asdict(column.spec) | {"statistics": statistics})
+        write_json(path, asdict(column.spec) | {"statistics": statistics})
 
 
 def too_many_failed(totals: list[dict], config: EncodeConfig) -> str | None:

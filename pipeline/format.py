@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.files import write_json
+
 FORMAT_VERSION = 1
 MODALITIES = ("video", "audio", "text")
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
@@ -70,26 +72,6 @@ def keys_hash(keys: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -105,15 +87,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and links inside ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

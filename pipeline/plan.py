@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from pipeline import format as fmt
 from pipeline.config import EncodeConfig
+from pipeline.files import sync_folder
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
 from pipeline.sources import Source
@@ -106,7 +107,7 @@ def write_clips(path: Path, plan: fmt.Plan, clips: list[Clip]) -> None:
             writer.write_table(pa.Table.from_pylist(records, PLAN_SCHEMA))
             first += rows
     temporary.rename(path)
-    fmt.sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def read_clips(root: Path, plan: fmt.Plan, shard: int) -> list[Clip]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pipeline import format as fmt
 from pipeline.encoder import ShardUpdate
+from pipeline.files import write_json
 
 
 class RunReport:
@@ -93,7 +94,7 @@ class RunReport:
             "host": platform.node(),
             "python": platform.python_version(),
         }
-        fmt.write_json(self.folder / "summary.json", summary)
+        write_json(self.folder / "summary.json", summary)
 
 
 def column_totals(column: fmt.Column, rows_per_shard: list[int]) -> dict[str, Any]:

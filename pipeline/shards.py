@@ -23,6 +23,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from pipeline.files import sync_folder, write_durably, write_json
 from pipeline.format import (
     INDEX_DTYPE,
     OK,
@@ -35,8 +36,6 @@ from pipeline.format import (
     open_column,
     shard_name,
     status_counts,
-    sync_folder,
-    write_json,
 )
 
 
@@ -262,14 +261,6 @@ def read_row(column: Column, shard: int, row: int, num_rows: int) -> np.ndarray 
         )
     shape = [size for size in record["shape"].tolist() if size]
     return np.frombuffer(payload, dtype=column.spec.dtype).reshape(shape)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextmanager

@@ -23,7 +23,7 @@ IMPORTERS = {
     "av": {"pipeline/demux.py", "pipeline/decode.py", "pipeline/mux.py"},
     "torchaudio": {"pipeline/audio.py"},
 }
-TRAIN_MAY_IMPORT = {"pipeline.format", "pipeline.settings", "pipeline"}
+TRAIN_MAY_IMPORT = {"pipeline", "pipeline.files", "pipeline.format", "pipeline.settings"}
 SAMPLE_MAY_IMPORT = TRAIN_MAY_IMPORT | {"pipeline.codecs", "pipeline.gallery"}
 DEPENDENCIES = {
     *("av", "decord", "deepspeed", "google_crc32c", "numpy", "PIL", "pyarrow", "pydantic", "yaml"),
@@ -66,7 +66,9 @@ def test_imports_go_one_way(path):
 
 def test_the_contract_needs_numpy_and_the_standard_library_only():
     packages = {module.split(".")[0] for module in imported(ROOT / "pipeline" / "format.py")}
-    assert packages - set(sys.stdlib_module_names) == {"numpy"}
+    assert packages - set(sys.stdlib_module_names) == {"numpy", "pipeline"}
+    packages = {module.split(".")[0] for module in imported(ROOT / "pipeline" / "files.py")}
+    assert packages <= set(sys.stdlib_module_names)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

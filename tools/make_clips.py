@@ -27,7 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.format import FormatError, read_json, write_json
+from pipeline.files import write_json
+from pipeline.format import FormatError, read_json
 from pipeline.mux import write_mp4
 from pipeline.settings import ConfigError
 from tools.bouncing import ClipSettings, describe, draw_frames, draw_sound, draw_world, truth

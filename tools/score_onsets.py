@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.decode import read_sound
-from pipeline.format import FormatError, read_json, write_json
+from pipeline.files import write_json
+from pipeline.format import FormatError, read_json
 from pipeline.media import ClipError
 from train.metrics.onsets import OnsetScore, onset_f1, onset_times, pool
 

@@ -1,4 +1,4 @@
 """Latent columns to a trained model.
 
-Imports pipeline.format and pipeline.settings only; train.sample also decodes.
+Imports pipeline.format, .files and .settings only; train.sample also decodes.
 """

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline import settings
-from pipeline.format import FormatError, read_json, write_json
+from pipeline.files import write_json
+from pipeline.format import FormatError, read_json
 from train.errors import ResumeError
 from train.latents import LatentSpec
 from train.model import DiT, ModelConfig

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.codecs import Codec, build_codec
-from pipeline.format import Column, FormatError, write_json
+from pipeline.files import write_json
+from pipeline.format import Column, FormatError
 from pipeline.gallery import Entry, Take, media_path, write_gallery
 from pipeline.settings import ConfigError
 from train.checkpoint import TrainedModel, load_model_for_sampling

@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from pipeline.format import write_atomically
+from pipeline.files import write_atomically
 
 Metrics = dict[str, float | None]
 

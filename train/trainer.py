@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from pipeline import settings
-from pipeline.format import fingerprint, write_atomically
+from pipeline.files import write_atomically
+from pipeline.format import fingerprint
 from pipeline.settings import ConfigError
 from train import checkpoint
 from train.config import TrainConfig, as_dict
@@ -214,7 +215,7 @@ class Trainer:
         if self.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
             raise AgreedError(
                 f"gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, up to step "
-                f"{self.step + 1}; lower optim.lr, or check the data with pipeline.verify. "
+                f"{self.step + 1}; lower optim.lr, or look for the clips in question. "
                 f"The same command continues from the newest checkpoint in {self.run_dir}"
             )
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.files import write_json
 from pipeline.format import (
     INDEX_DTYPE,
     OK,
@@ -28,7 +29,6 @@ from pipeline.format import (
     read_json,
     read_plan,
     status_counts,
-    write_json,
     write_plan,
 )
 from tests.train.columns import Dataset

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.format import write_json
+from pipeline.files import write_json
 from train.checkpoint import (
     MARKER,
     STATE_VERSION,
