@@ -10,6 +10,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import webdataset
@@ -159,6 +160,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(dataset, clips, tmp_path):
     assert done.returncode == 0, done.stderr
     assert payload_hashes(out) == payload_hashes(dataset)
     assert not list(out.glob("*@*/.*")), "temporaries of the killed run are left"
+
+
+def test_a_lost_encoder_is_replaced_and_its_shard_done_again(dataset, clips, tmp_path):
+    out = tmp_path / "shards"
+    process = start_encode(clips, out)
+    wait_for_commits(out, 2, process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (encoder,) = [child for child in family if child.cmdline()[0].startswith("ray::EncoderActor")]
+    encoder.kill()
+    _, errors = process.communicate(timeout=RUN_TIMEOUT_S)
+    assert process.returncode == 0, errors
+    assert payload_hashes(out) == payload_hashes(dataset)
+    assert not list(out.glob("*@*/.*")), "temporaries of the lost encoder are left"
 
 
 def test_ctrl_c_keeps_commits_and_says_how_to_go_on(clips, tmp_path):
