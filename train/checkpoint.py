@@ -13,16 +13,20 @@ A folder without COMPLETE, or with a file missing or cut short, is never read.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import settings
-from pipeline.files import write_json
+from pipeline.files import sync_folder, write_json
 from pipeline.format import FormatError, read_json
 from train.errors import ResumeError
 from train.latents import LatentSpec
@@ -52,13 +56,14 @@ def is_complete(folder: Path) -> bool:
     try:
         files = json.loads((folder / MARKER).read_text())["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
 def find_checkpoints(run_dir: Path) -> tuple[list[Path], list[Path]]:
     """Return the complete and the incomplete checkpoints of a run, oldest first."""
-    folders = sorted((run_dir / "checkpoints").glob("step_*"))
+    found = (run_dir / "checkpoints").glob("step_*")
+    folders = sorted(path for path in found if path.name.removeprefix("step_").isdigit())
     complete = [folder for folder in folders if is_complete(folder)]
     return complete, [folder for folder in folders if folder not in complete]
 
@@ -86,26 +91,48 @@ def save_checkpoint(
         state: goes to state.json.
 
     Raises:
-        ResumeError: on rank 0, if a rank's file has not arrived.
+        AgreedError: on all ranks, if one can't write or a rank's file has not arrived.
+        OSError: on this rank alone, if DeepSpeed can't write.
     """
-    if ranks.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "ema").mkdir(parents=True)
-    ranks.barrier()
-    engine.save(folder)
-    ema.save(ema_shard(folder, ranks.rank))
     weights: dict[str, torch.Tensor] = {}
+
+    def begin() -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+        (folder / "ema").mkdir(parents=True)
+
+    def save_shard() -> None:
+        with writing(folder):
+            ema.save(ema_shard(folder, ranks.rank))
+
+    def finish() -> None:
+        with writing(folder):
+            save_file(weights, folder / "ema.safetensors")
+            write_json(folder / "state.json", {"version": STATE_VERSION, **state})
+            mark_complete(folder, ranks.num_ranks, has_shards=engine.stage > 0)
+
+    ranks.on_first(begin)
+    with writing(folder):
+        engine.save(folder)
+    ranks.together(save_shard)
     with engine.master_weights(ema.shards):
         for name, weight in engine.full_parameters():
             if ranks.rank == 0:
                 weights[name] = weight.cpu().contiguous()
-    if ranks.rank == 0:
-        save_file(weights, folder / "ema.safetensors")
-        write_json(folder / "state.json", {"version": STATE_VERSION, **state})
-    ranks.barrier()
-    if ranks.rank == 0:
-        mark_complete(folder, ranks.num_ranks, has_shards=engine.stage > 0)
-    ranks.barrier()
+    ranks.on_first(finish)
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Raise OSError with the folder's name for all that torch and safetensors raise instead."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise OSError(
+            f"{folder} can't be written: {reason}; is there room? The same command continues "
+            "from the newest complete checkpoint"
+        ) from None
 
 
 def ema_shard(folder: Path, rank: int) -> Path:
@@ -114,7 +141,11 @@ def ema_shard(folder: Path, rank: int) -> Path:
 
 
 def mark_complete(folder: Path, num_ranks: int, has_shards: bool) -> None:
-    """Check that every rank's files are there, then write COMPLETE."""
+    """Check that every rank's files are there and put them on the disk, then write COMPLETE.
+
+    Raises:
+        ResumeError: files of a rank are missing.
+    """
     counts = {"ema/*.safetensors": num_ranks, "*model_states.pt": 1}
     if has_shards:
         counts["*optim_states.pt"] = num_ranks
@@ -125,17 +156,22 @@ def mark_complete(folder: Path, num_ranks: int, has_shards: bool) -> None:
                 f"{folder} holds {found} files {pattern}, expected {least}: not all ranks see "
                 "the same folder; put run_dir on a file system that all nodes share"
             )
-    files = {
-        str(path.relative_to(folder)): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    for path in paths:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for place in (folder / "ema", folder, folder.parent):
+        sync_folder(place)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
     write_json(folder / MARKER, {"files": files})
 
 
 def prune(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest complete checkpoints."""
-    complete, _ = find_checkpoints(run_dir)
+    """Remove all but the newest complete checkpoints, and what broke off before the newest."""
+    complete, incomplete = find_checkpoints(run_dir)
+    for folder in incomplete:
+        if complete and folder < complete[-1]:
+            shutil.rmtree(folder)
     for folder in complete[:-keep_last]:
         (folder / MARKER).unlink()  # first: a half-removed checkpoint must not look complete
         shutil.rmtree(folder)
@@ -164,9 +200,14 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def restore(folder: Path, engine: Engine, ema: Ema, ranks: Ranks) -> None:
-    """Load weights, optimiser and averaged weights; collective."""
+    """Load weights, optimiser and averaged weights; collective.
+
+    Raises:
+        ResumeError: DeepSpeed can't read its files.
+        AgreedError: on all ranks, if one can't read its averaged weights.
+    """
     engine.load(folder)
-    ema.load(ema_shard(folder, ranks.rank))
+    ranks.together(lambda: ema.load(ema_shard(folder, ranks.rank)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,7 +227,6 @@ class TrainedModel:
         text_width: width of the text vectors.
         num_tasks: number of task tokens.
         root: data set, where it was during training.
-        plan_id: its plan.
         columns: directory name of the column by modality.
         seconds: length of a crop.
         heldout_share: share of the training split that was held out.
@@ -202,7 +242,6 @@ class TrainedModel:
     text_width: int
     num_tasks: int
     root: Path
-    plan_id: str
     columns: dict[str, str]
     seconds: float
     heldout_share: float
@@ -238,7 +277,6 @@ def load_model_for_sampling(path: Path) -> TrainedModel:
         text_width=data["text_width"],
         num_tasks=data["num_tasks"],
         root=Path(data["root"]),
-        plan_id=data["plan_id"],
         columns=data["columns"],
         seconds=data["seconds"],
         heldout_share=data["heldout_share"],

@@ -1,7 +1,7 @@
 """Settings of a training run: TrainConfig <- YAML file <- `key=value` on the command line.
 
 Every section keeps its own dataclass beside the code that uses it; this module puts them
-together and finds files of the repository wherever the program was started.
+together and finds the presets wherever the program was started.
 """
 
 from __future__ import annotations
@@ -144,9 +144,9 @@ def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
     Raises:
         ConfigError: unreadable file, unknown key or preset, wrong value.
     """
-    values = settings.read_yaml(find_file(path)) if path else {}
+    values = settings.read_yaml(path) if path else {}
     for text in overrides:
-        settings.set_dotted(values, text)
+        settings.set_dotted(TrainConfig, values, text)
     model = values.get("model")
     if isinstance(model, dict) and "preset" in model:
         own = {name: value for name, value in model.items() if name != "preset"}
@@ -165,11 +165,6 @@ def read_preset(name: str) -> dict[str, Any]:
     if name not in names:
         raise ConfigError(f"model.preset {name!r} is unknown; there are {', '.join(names)}")
     return settings.read_yaml(folder / f"{name}.yaml")
-
-
-def find_file(path: Path) -> Path:
-    """Return ``path`` as it is, or inside the repository where it only exists there."""
-    return path if path.exists() or path.is_absolute() else REPOSITORY / path
 
 
 def parse(arguments: list[str]) -> TrainConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import nn
 
 from pipeline.settings import ConfigError
 from train.config import REPOSITORY, TrainConfig
+from train.errors import ResumeError
 from train.ranks import Ranks
 
 if not torch.cuda.is_available():
@@ -242,5 +244,18 @@ class Engine:
         self.wrapped.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def load(self, folder: Path) -> None:
-        """Restore what ``save`` wrote with the same number of ranks and stage; collective."""
-        self.wrapped.load_checkpoint(str(folder.parent), tag=folder.name)
+        """Restore what ``save`` wrote with the same number of ranks and stage; collective.
+
+        Raises:
+            ResumeError: DeepSpeed can't read it.
+        """
+        reason = "it found no weights"
+        try:
+            loaded, _ = self.wrapped.load_checkpoint(str(folder.parent), tag=folder.name)
+        except (AssertionError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            loaded, reason = None, str(error).partition("\n")[0] or repr(error)
+        if loaded is None:
+            raise ResumeError(
+                f"DeepSpeed can't read {folder}: {reason}; remove it, and the same command "
+                "continues from the checkpoint before"
+            )

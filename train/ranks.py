@@ -19,7 +19,8 @@ from train.errors import ResumeError
 
 Result = TypeVar("Result")
 
-USER_ERRORS = (ConfigError, FormatError, ResumeError)
+# What one line tells enough of. OSError: a full disk, a folder that may not be written.
+USER_ERRORS = (ConfigError, FormatError, ResumeError, OSError)
 
 
 class AgreedError(Exception):
@@ -58,10 +59,6 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.maximum(0)
-
     def together(self, action: Callable[[], Result]) -> Result:
         """Run an action that makes no collective calls; fail on all ranks if it fails on one.
 
@@ -73,11 +70,19 @@ class Ranks:
         try:
             outcome.append(action())
         except USER_ERRORS as error:
-            failure = str(error)
+            failure = str(error) or repr(error)
         failures = self.gather(failure)
         if any(failures):
             raise AgreedError(one_message(failures))
         return outcome[0]
+
+    def on_first(self, action: Callable[[], None]) -> None:
+        """Run an action on rank 0 alone, while all wait; fail on all ranks if it fails.
+
+        Raises:
+            AgreedError: with one message for all ranks.
+        """
+        self.together(action if self.rank == 0 else lambda: None)
 
     def check_agreement(self, plan: dict[str, Any]) -> None:
         """Check that all ranks are about to do the same.

@@ -47,9 +47,8 @@ class Drawn:
 
 def main() -> None:
     """Parse the command line, sample, and turn expected errors into one line and exit 1."""
-    arguments = parse(sys.argv[1:])
     try:
-        page = run(arguments)
+        page = run(parse(sys.argv[1:]))
     except (ConfigError, FormatError, ResumeError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -59,7 +58,11 @@ def main() -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Read the command line."""
+    """Read the command line.
+
+    Raises:
+        ConfigError: a number or the device can't be used.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train.sample",
         description="Generate clips with sound from a checkpoint, as mp4 files and a gallery.",
@@ -81,8 +84,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args(argv)
     for name, least in (("num", 1), ("steps", 1), ("guidance", 0)):
-        if getattr(arguments, name) < least:
-            parser.error(f"--{name} {getattr(arguments, name)}: expected at least {least}")
+        value = getattr(arguments, name)
+        if not least <= value < float("inf"):
+            raise ConfigError(f"--{name} {value}: expected at least {least}")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch lacks CUDA
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"--device {arguments.device}: {reason}") from None
     return arguments
 
 
@@ -97,13 +106,18 @@ def run(arguments: argparse.Namespace) -> Path:
     task = task_by_name(arguments.task)
     trained = load_model_for_sampling(arguments.checkpoint)
     view = matching_view(trained, arguments.data or trained.root, arguments.subset)
-    clips = draw(view, min(arguments.num, view.num_clips), arguments.seed)
+    if view.num_clips < arguments.num:
+        found = f"subset {arguments.subset!r} holds {view.num_clips} clips, fewer than --num"
+        sys.stderr.write(f"{found} {arguments.num}: all are taken\n")
+    clips = draw(view, arguments.num, arguments.seed)
     model = trained.build(arguments.device)
     codecs = {
         modality: build_codec(column.spec.codec, column.spec.preprocessing)
         for modality, column in view.opened.items()
         if modality != "text"
     }
+    # Found out before anything is computed: the folder can't be written.
+    (arguments.out / "media").mkdir(parents=True, exist_ok=True)
     entries = []
     for first in range(0, len(clips), BATCH):
         batch = clips[first : first + BATCH]
@@ -131,28 +145,28 @@ def matching_view(trained: TrainedModel, root: Path, subset: Any) -> View:
         heldout_share=trained.heldout_share,
         missing="drop",
     )
-    multiple = {
-        "video": trained.config.video_patch[0] or 1,
-        "audio": trained.config.audio_patch[0] or 1,
-    }
-    view = open_view(root, config, subset, multiple)
+    view = open_view(root, config, subset, trained.config.time_patches)
     for spec, expected in ((view.video, trained.video), (view.audio, trained.audio)):
         if spec.shape != expected.shape:
             raise FormatError(
                 f"{root}: {spec.modality} crops are {spec.shape}, the model of {trained.folder} "
                 f"was trained on {expected.shape}; use a data set of that size"
             )
+    if view.text_width != trained.text_width:
+        raise FormatError(
+            f"{root}: text vectors are {view.text_width} wide, the model of {trained.folder} was "
+            f"trained on {trained.text_width}; use a data set with the same text encoder"
+        )
     return view
 
 
 def draw(view: View, num: int, seed: int) -> list[Drawn]:
-    """Choose ``num`` clips by the seed and read them from second 0."""
+    """Choose ``num`` clips by the seed, or all if there are fewer; read them from second 0."""
     places = np.random.default_rng(seed_of(seed, "draw")).permutation(view.num_clips)[:num]
     readers = {m: PayloadReader(column, 8, verify_crc=True) for m, column in view.opened.items()}
     wanted = ["key", "uri", "start_s", "caption"]
     plan = pq.read_table(view.opened["video"].path.parent / "plan.parquet", columns=wanted)
     by_key = {row["key"]: row for row in plan.to_pylist()}
-    text_ends = np.cumsum(view.text_rows_per_shard)
 
     def read(modality: str, shard: int, row: int, record: Any, length: int | None) -> torch.Tensor:
         latent = readers[modality].read_row(shard, row, modality, record)
@@ -162,14 +176,12 @@ def draw(view: View, num: int, seed: int) -> list[Drawn]:
     for place in places.tolist():
         shard, row = int(view.clips.shards[place]), int(view.clips.rows[place])
         caption = int(view.clips.text_rows[place])
-        text_shard = int(np.searchsorted(text_ends, caption, side="right"))
-        text_row = caption - int(text_ends[text_shard] - view.text_rows_per_shard[text_shard])
         drawn.append(
             Drawn(
                 **by_key[view.clips.keys[place]],
                 video=read("video", shard, row, view.index["video"][place], view.video.shape[0]),
                 audio=read("audio", shard, row, view.index["audio"][place], view.audio.shape[0]),
-                text=read("text", text_shard, text_row, view.index["text"][caption], None),
+                text=read("text", *view.text_place(caption), view.index["text"][caption], None),
             )
         )
     return drawn

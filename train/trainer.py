@@ -69,11 +69,7 @@ class Trainer:
 
     def _open_data(self) -> tuple[View, LatentLoader]:
         config, ranks = self.config, self.ranks
-        # The crop must hold whole patches; a patch size of 0 is the whole axis.
-        patches = {
-            "video": config.model.video_patch[0] or 1,
-            "audio": config.model.audio_patch[0] or 1,
-        }
+        patches = config.model.time_patches
         view = open_view(Path(config.data.root), config.data, time_multiple=patches)
         loader = LatentLoader(
             view,
@@ -110,7 +106,7 @@ class Trainer:
         Raises:
             AgreedError: too many steps in a row had gradients that are not finite.
         """
-        self.ranks.together(self._open_run_dir)
+        self.ranks.on_first(self._open_run_dir)
         try:
             if self.step < self.config.steps:
                 self._build()
@@ -123,20 +119,21 @@ class Trainer:
                 self.sinks.close()
 
     def _open_run_dir(self) -> None:
-        """Record the settings and open the metrics, on rank 0."""
-        if self.ranks.rank != 0:
-            return
+        """Record the settings and open the metrics; on rank 0."""
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             write_atomically(self.run_dir / "config.yaml", settings.dump(self.config).encode())
         except OSError as error:
             raise ConfigError(f"run_dir {self.run_dir} can't be written: {error}") from None
         self.sinks = Sinks(self.run_dir, self.step, self.config.steps)
+        if self.resumed:
+            self.say(
+                f"continuing from {self.resumed}, step {self.step} of {self.config.steps}: "
+                f"{self.loader.position()}"
+            )
         _, incomplete = checkpoint.find_checkpoints(self.run_dir)
         for folder in incomplete:
             self.say(f"ignoring {folder}: it is incomplete")
-        if self.resumed:
-            self.say(f"continuing from {self.resumed}, step {self.step} of {self.config.steps}")
 
     def _new_model(self) -> DiT:
         """Return the model with its initial weights, the same on all ranks."""
@@ -237,8 +234,8 @@ class Trainer:
         }
         folder = checkpoint.checkpoint_folder(self.run_dir, self.step)
         checkpoint.save_checkpoint(folder, self.engine, self.ema, self.ranks, state)
-        if self.ranks.rank == 0:
-            checkpoint.prune(self.run_dir, self.config.checkpoint.keep_last)
+        keep_last = self.config.checkpoint.keep_last
+        self.ranks.on_first(lambda: checkpoint.prune(self.run_dir, keep_last))
         self.say(f"saved {folder}")
 
     def _say_stopped(self) -> None:

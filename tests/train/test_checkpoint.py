@@ -1,3 +1,7 @@
+import json
+import os
+from pathlib import Path
+
 import pytest
 
 from pipeline.files import write_json
@@ -62,14 +66,35 @@ def test_a_checkpoint_without_every_rank_s_file_is_never_marked(tmp_path):
     assert latest_complete(tmp_path) is None
 
 
-def test_prune_keeps_the_newest_complete_ones_and_touches_no_incomplete(tmp_path):
-    for step in (1, 2, 3, 4):
+def test_prune_keeps_the_newest_complete_ones_and_what_is_newer(tmp_path):
+    for step in (1, 2, 4, 6):
         write_checkpoint(tmp_path, step)
-    killed = write_checkpoint(tmp_path, 5, complete=False)
+    for step in (3, 5):
+        write_checkpoint(tmp_path, step, complete=False)
+    being_written = write_checkpoint(tmp_path, 7, complete=False)
+    foreign = tmp_path / "checkpoints" / "step_4_notes"
+    foreign.mkdir()
     prune(tmp_path, keep_last=2)
     complete, incomplete = find_checkpoints(tmp_path)
-    assert [folder.name for folder in complete] == ["step_00000003", "step_00000004"]
-    assert incomplete == [killed]
+    assert [folder.name for folder in complete] == ["step_00000004", "step_00000006"]
+    assert incomplete == [being_written]
+    assert foreign.exists()
+
+
+def test_files_are_on_the_disk_before_complete_vouches_for_them(tmp_path, monkeypatch):
+    folder = write_checkpoint(tmp_path, 1, complete=False)
+    synced, sync = [], os.fsync
+
+    def spy(descriptor):
+        synced.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        assert not (folder / MARKER).exists() or synced[-1] == str(folder)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    mark_complete(folder, num_ranks=2, has_shards=True)
+    listed = json.loads((folder / MARKER).read_text())["files"]
+    assert {str(folder / name) for name in listed} <= set(synced)
+    assert {str(folder), str(folder / "ema"), str(folder.parent)} <= set(synced)
 
 
 def test_same_run_continues(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from train.latents import LatentSpec
-from train.model.tokens import cropped_shape, patchify, patching_of, unpatchify
+from train.model.tokens import patchify, patching_of, unpatchify
 
 
 def spec(modality, axes, shape):
@@ -46,9 +46,3 @@ def test_an_axis_the_column_lacks_takes_no_patch():
         patching_of(layout, (1, 4))
     with pytest.raises(ValueError, match="unknown axes"):
         patching_of(spec("audio", ("time", "mel"), (10, 8)), (1, 0))
-
-
-def test_cropped_shape_is_the_largest_that_fits():
-    layout = spec("video", ("time", "channel", "height", "width"), (7, 3, 9, 12))
-    assert cropped_shape(layout, (2, 4, 4)) == (6, 3, 8, 12)
-    assert cropped_shape(TCHW, (2, 4, 4)) == TCHW.shape

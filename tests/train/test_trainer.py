@@ -126,7 +126,8 @@ def test_stopped_and_resumed_run_is_bit_equal_to_a_straight_one(dataset, straigh
 
     resumed = run(*arguments)
     assert f"ignoring {killed}" in resumed.stderr
-    assert "continuing from" in resumed.stderr
+    first = next(line for line in resumed.stderr.splitlines() if "continuing from" in line)
+    assert "step 1 of 6: epoch 0, sample 8 of 32; next clip0" in first
     assert_same_training(tmp_path, straight)
 
 
@@ -135,6 +136,15 @@ def test_changed_model_is_refused_in_one_line_that_names_the_field(dataset, stra
     assert refused.returncode == 1
     assert refused.stderr.count("model.depth was 2, is now 3") == 1
     assert "Traceback" not in refused.stderr
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_in_one_line(dataset, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    ended = train(*settings(dataset, tmp_path, "steps=1"), num_ranks=2)
+    assert ended.returncode == 1
+    assert ended.stderr.count("train: ") == 1
+    assert f"{tmp_path}/checkpoints" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.settings import ConfigError
 from train.data.order import epoch_batches, steps_per_epoch
 from train.data.payload import PayloadReader
 from train.data.view import View
@@ -46,13 +45,11 @@ class LatentLoader:
         view: the clips.
         seed: seed of the run: keys order and crops.
         global_batch: samples per optimiser step over all ranks.
-        micro_batch: samples per batch, which must divide ``global_batch`` / ``num_ranks``.
+        micro_batch: samples per batch; ``TrainConfig.accumulation`` has checked that it divides
+            ``global_batch`` / ``num_ranks``.
         rank: this rank.
         num_ranks: all ranks.
         device: where batches go; on a GPU by way of pinned memory.
-
-    Raises:
-        ConfigError: the batch sizes don't fit one another, or the view.
     """
 
     def __init__(
@@ -66,11 +63,6 @@ class LatentLoader:
         num_ranks: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if global_batch % (micro_batch * num_ranks):
-            raise ConfigError(
-                f"global_batch {global_batch} is no multiple of micro_batch {micro_batch} × "
-                f"{num_ranks} ranks; change one of them"
-            )
         self.steps_per_epoch = steps_per_epoch(view.num_clips, global_batch)
         if view.num_clips < global_batch:
             log.warning(
@@ -149,14 +141,15 @@ class LatentLoader:
                 f"{self._global_batch}; the saved state is damaged: use an older checkpoint"
             )
         self._forget_pending()
-        step = samples // self._global_batch
-        self._num_yielded = step * self._accumulation
-        epoch, position = divmod(step, self.steps_per_epoch)
-        first = self._batches(epoch)[position][:3]
+        self._num_yielded = samples // self._global_batch * self._accumulation
+
+    def position(self) -> str:
+        """Return where the stream is, for people: epoch, sample within it and the next keys."""
+        epoch, step = divmod(self._num_yielded // self._accumulation, self.steps_per_epoch)
         size = self._global_batch
-        place = f"sample {position * size} of {self.steps_per_epoch * size}"
+        first = self._batches(epoch)[step][:3]
         keys = ", ".join(self._view.clips.keys[clip] for clip in first)
-        log.info("resumed at epoch %d, %s; next are %s", epoch, place, keys)
+        return f"epoch {epoch}, sample {step * size} of {self.steps_per_epoch * size}; next {keys}"
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -226,11 +219,8 @@ class LatentLoader:
         return crop_starts(view.video, view.audio, video_length, audio_length, draw)
 
     def _read_caption(self, row: int) -> np.ndarray:
-        ends = np.cumsum(self._view.text_rows_per_shard)
-        shard = int(np.searchsorted(ends, row, side="right"))
-        row_in_shard = row - int(ends[shard] - self._view.text_rows_per_shard[shard])
         record = self._view.index["text"][row]
-        return self._readers["text"].read_row(shard, row_in_shard, f"caption {row}", record)
+        return self._readers["text"].read_row(*self._view.text_place(row), f"caption {row}", record)
 
     def _pad(self, captions: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return captions side by side, float16 [B, S, D], and which tokens are real, [B, S]."""

@@ -35,7 +35,6 @@ from train.latents import LatentSpec
 Subset = Literal["train", "heldout", "all"]
 
 MOST_MISSING = 0.01  # share of a subset's clips that may be unusable without being asked for
-LEAST_STD = 1e-6  # a channel that never changes is standardised to 0, not to 0/0
 
 
 @settings_dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -113,6 +112,12 @@ class View:
     def text_width(self) -> int:
         """Width D of a text token."""
         return self.null_text.shape[1]
+
+    def text_place(self, text_row: int) -> tuple[int, int]:
+        """Return the text shard of a caption and its row there."""
+        ends = np.cumsum(self.text_rows_per_shard)
+        shard = int(np.searchsorted(ends, text_row, side="right"))
+        return shard, text_row - int(ends[shard] - self.text_rows_per_shard[shard])
 
 
 def open_view(
@@ -269,7 +274,7 @@ def latent_spec(column: Column, index: np.ndarray, length: int) -> LatentSpec:
         rate_hz=spec.rate_hz,
         offset_s=spec.offset_s,
         mean=tuple(statistics["mean"]),
-        std=tuple(max(std, LEAST_STD) for std in statistics["std"]),
+        std=tuple(statistics["std"]),
     )
 
 

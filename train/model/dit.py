@@ -58,6 +58,11 @@ class ModelConfig:
                 f"width {self.width} over {self.heads} heads: a head must be a multiple of 8 wide"
             )
 
+    @property
+    def time_patches(self) -> dict[str, int]:
+        """What the number of latents in a crop must divide by, per modality."""
+        return {"video": self.video_patch[0] or 1, "audio": self.audio_patch[0] or 1}
+
 
 class DiT(nn.Module):
     """The velocity of video and audio latents, given their noisy values, times, task and text.

@@ -82,12 +82,6 @@ def patching_of(spec: LatentSpec, patch: tuple[int, ...]) -> Patching:
     return Patching(spec.modality, spec.axes, tuple(sizes))
 
 
-def cropped_shape(spec: LatentSpec, patch: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the largest shape within ``spec.shape`` that divides into whole patches."""
-    sizes = patching_of(spec, patch).sizes
-    return tuple(size - size % patch for size, patch in zip(spec.shape, sizes, strict=True))
-
-
 def patchify(latents: torch.Tensor, patching: Patching) -> torch.Tensor:
     """Cut latents [B, *axes] into tokens [B, N, P]; tokens run over the axes in their order."""
     counts = patching.counts(tuple(latents.shape[1:]))
