@@ -12,7 +12,6 @@ $(VENV)/installed: pyproject.toml requirements.lock
 		{ echo "error: Python 3.11 or newer is needed ($(PYTHON) is older); set PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "error: system package python3-venv is missing (apt-get install python3-venv)"; exit 1; }
-	@command -v c++ >/dev/null || echo "note: system package g++ is missing; torch.compile needs it"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --constraint requirements.lock --editable '.[dev]'
 	@touch $@
@@ -34,5 +33,5 @@ lint: .venv
 
 # Makes clips, encodes, trains, samples and scores; a second call goes on where the first stopped.
 demo: .venv
-	PATH="$(CURDIR)/$(BIN):$$PATH" CLIPS=$(CLIPS) STEPS=$(STEPS) SAMPLES=$(SAMPLES) bash tools/demo.sh $(DEMO)
+	PATH="$(CURDIR)/$(BIN):$$PATH" NUM_CLIPS=$(NUM_CLIPS) STEPS=$(STEPS) SAMPLES=$(SAMPLES) bash tools/demo.sh $(DEMO)
 

@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.encoder import Job, ShardEncoder, ShardTask, ShardUpdate
+from pipeline.format import FormatError
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 from pipeline.shards import NoRoomError
 
@@ -148,6 +149,9 @@ class DecoderPool:
             except RayTaskError as error:  # a bug in the decoder, not a lost process
                 decoded = _failed("decode_crash", f"the decoder raised {error.cause!r}")
             except RayError as error:
+                if isinstance(error, RayActorError) and error.actor_init_failed:
+                    reason = str(error).strip().splitlines()[-1]  # blame no clip for this
+                    raise CellError(f"decoder processes can't start: {reason}") from None
                 status = ("decode_crash", f"its decoder died ({type(error).__name__})")
                 yield from self._replace(number, lane, status, waiting, failures)
                 return
@@ -261,7 +265,7 @@ class Cell:
             try:
                 yield ray.get(ref, timeout=START_TIMEOUT_S)
             except RayTaskError as error:
-                if isinstance(error.cause, NoRoomError):
+                if isinstance(error.cause, (CellError, NoRoomError, OSError, FormatError)):
                     raise error.cause from None
                 raise
 
@@ -270,6 +274,7 @@ class Cell:
 def local_cluster(num_cpus: int, object_store_bytes: int) -> Iterator[None]:
     """Start Ray on this machine for the length of a block, on loopback and without dashboard."""
     ray.init(
+        address="local",  # never a cluster that happens to run here
         num_cpus=num_cpus,
         object_store_memory=object_store_bytes,
         include_dashboard=False,

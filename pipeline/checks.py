@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import format as fmt
-from pipeline.files import write_atomically
 from pipeline.media import Clip, Decoded
+from pipeline.shards import naming_a_full_disk
+from pipeline.tables import write_parquet
 
 FACTS_SCHEMA = pa.schema(
     [
@@ -42,24 +42,24 @@ def facts_directory(plan_id: str) -> str:
     return f"facts@probe-{fmt.fingerprint(identity)}"
 
 
-def clip_status(decoded: Decoded) -> tuple[str, str]:
-    """Return the clip's (status, message): that of its picture first, then of its sound."""
+def clip_status(problems: dict[str, tuple[str, str]]) -> tuple[str, str]:
+    """Return (status, message) of a clip: that of its picture first, then of its sound."""
     for modality in ("video", "audio"):
-        if modality in decoded.problems:
-            return decoded.problems[modality]
+        if modality in problems:
+            return problems[modality]
     return "ok", ""
 
 
 def facts_row(row: int, clip: Clip, decoded: Decoded) -> dict[str, Any]:
     """Return one row of the facts table."""
-    status, message = clip_status(decoded)
+    status, message = clip_status(decoded.problems)
     found = {name: decoded.facts.get(name) for name in FACTS_SCHEMA.names[4:]}
     return {"key": clip.key, "row": row, "status": status, "message": message, **found}
 
 
 def write_facts(folder: Path, shard: int, rows: list[dict[str, Any]]) -> None:
     """Write a shard's facts; a reader sees the whole file or none."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows, FACTS_SCHEMA), sink)
     folder.mkdir(exist_ok=True)
-    write_atomically(folder / f"{fmt.shard_name(shard)}.parquet", sink.getvalue().to_pybytes())
+    path = folder / f"{fmt.shard_name(shard)}.parquet"
+    with naming_a_full_disk(path):
+        write_parquet(path, pa.Table.from_pylist(rows, FACTS_SCHEMA))

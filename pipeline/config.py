@@ -53,6 +53,12 @@ class VideoSettings:
     size: int = Field(default=256, ge=16, le=4096)
     codec: DctSettings = Field(default_factory=DctSettings)
 
+    def __post_init__(self) -> None:
+        if self.size % self.codec.block:
+            raise ValueError(
+                f"size {self.size} is not a multiple of codec.block {self.codec.block}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AudioSettings:
@@ -90,12 +96,14 @@ class EncodeConfig:
         seed: of the plan's shuffle.
         decoders: decoder processes beside the encoder; 0 = CPUs of the machine less one.
         decode_timeout_s: a clip that takes longer has its decoder killed.
-        window_mb: decoded frames and sound in flight at most.
+        window_mb: decoded frames and sound in flight, at most (but two clips at least).
         max_failed_share: the run fails (exit 1) when more clips than this have no latents.
     """
 
     media: str | None = None
-    columns: tuple[Literal["video", "audio", "text"], ...] = ("video", "audio", "text")
+    columns: tuple[Literal["video", "audio", "text"], ...] = Field(
+        default=("video", "audio", "text"), min_length=1
+    )
     shard_size: int = Field(default=512, ge=1)
     seed: int = 0
     clip: ClipSettings = Field(default_factory=ClipSettings)

@@ -87,7 +87,7 @@ def open_media(path: Path) -> Any:
 
 
 def probe(path: Path) -> Probe:
-    """Read every packet's timestamps, decoding nothing.
+    """Read every packet's timestamps, decoding no more than one frame.
 
     Raises:
         ClipError: ``missing`` or ``unreadable``.

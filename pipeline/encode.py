@@ -9,6 +9,7 @@ import argparse
 import math
 import os
 import secrets
+import shlex
 import signal
 import sys
 import time
@@ -17,17 +18,18 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import format as fmt
+from pipeline.checks import facts_directory
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.encoder import Job, ShardTask, caption_key
-from pipeline.files import write_atomically, write_json
+from pipeline.files import write_json
 from pipeline.plan import ensure_plan, read_captions, read_clips
 from pipeline.report import RunReport, column_totals, print_table
 from pipeline.settings import ConfigError, dump, load
 from pipeline.shards import NoRoomError, create_column
 from pipeline.sources import open_source
+from pipeline.tables import write_parquet
 
 # Too many failures end the run before the last shard only once this many clips were tried.
 MIN_CLIPS_FOR_STOP = 1000
@@ -37,7 +39,8 @@ def main() -> None:
     """Parse the command line, encode, and turn expected errors into one line and exit 1."""
     arguments, config = parse(sys.argv[1:])
     try:
-        failure = encode(Path(arguments.src), Path(arguments.out), config)
+        paths = Path(arguments.src), Path(arguments.out)
+        failure = encode(*paths, config, retry_failed=arguments.retry_failed)
     except KeyboardInterrupt:
         sys.exit(f"\nstopped; committed shards are safe. Go on with: {command_line()}")
     except (ConfigError, fmt.FormatError, NoRoomError) as error:
@@ -54,14 +57,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.encode",
         description="Encode clips once into latent columns. The same command again resumes.",
-        epilog="Settings: video.size=128 audio.codec.channels=16 shard_size=64 …; all of them, "
-        "with defaults: configs/encode/default.yaml.",
+        epilog="settings and their defaults:\n\n" + dump(EncodeConfig()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--src", required=True, help="folder of media, or VGGSound csv or folder")
     parser.add_argument("--out", required=True, help="data set folder, made if absent")
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.add_argument("--columns", help="of video,audio,text (default: all)")
     parser.add_argument("--media", help="VGGSound csv: folder of the media (default: beside it)")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="encode shards that hold failed clips again"
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, dotted names")
     arguments = parser.parse_args(argv)
     overrides = list(arguments.settings)
@@ -75,8 +81,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
         sys.exit(f"error: {error}")
 
 
-def encode(src: Path, out: Path, config: EncodeConfig) -> str | None:
+def encode(src: Path, out: Path, config: EncodeConfig, retry_failed: bool = False) -> str | None:
     """Encode what of the plan is not committed yet.
+
+    Args:
+        src: where the clips come from.
+        out: the data set's folder.
+        config: settings.
+        retry_failed: whether shards with failed clips count as not committed.
 
     Returns:
         None, or why the run counts as failed although it ended.
@@ -87,11 +99,13 @@ def encode(src: Path, out: Path, config: EncodeConfig) -> str | None:
         NoRoomError: the disk is full; committed shards are safe.
     """
     source = open_source(src, config)
+    specs = column_specs(config)  # before anything is written: the settings must be possible
     plan = ensure_plan(out, source, config)
-    specs = column_specs(config)
     columns = {m: create_column(out, spec, plan.plan_id) for m, spec in specs.items()}
     if "text" in columns:
         write_captions(columns["text"], read_captions(out))
+    if retry_failed:
+        reopen_failed(columns, out / facts_directory(plan.plan_id))
     work = list(open_tasks(plan, columns))
     num_clips = sum(rows for _, modalities, rows in work if modalities != ("text",))
     print(
@@ -99,15 +113,14 @@ def encode(src: Path, out: Path, config: EncodeConfig) -> str | None:
         f"plan {plan.plan_id}; {len(work)} shards to encode",
         file=sys.stderr,
     )
-    report, outcome = None, "complete"
     if work:
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
         report = RunReport(out / "runs" / run_id, num_clips)
         (report.folder / "config.yaml").write_text(dump(config))
         job = make_job(out, source.root, plan, run_id, specs, config)
+        outcome = "complete"
         try:
             run(job, plan, work, config, report)
-            outcome = "complete"
         except BaseException as error:
             outcome = f"stopped: {type(error).__name__}"
             raise
@@ -119,6 +132,19 @@ def encode(src: Path, out: Path, config: EncodeConfig) -> str | None:
     totals = [column_totals(column, rows[m]) for m, column in columns.items()]
     print_table(totals)
     return too_many_failed(totals, config)
+
+
+def reopen_failed(columns: dict[str, fmt.Column], facts: Path) -> None:
+    """Take back the commits of all shards that hold a failed clip, and what was found in them."""
+    failed: set[int] = set()
+    for column in columns.values():
+        for shard in column.committed_shards():
+            record = column.committed(shard)
+            if record["ok"] < record["rows"]:
+                failed.add(shard)
+                (column.path / f"{fmt.shard_name(shard)}.json").unlink()
+    for shard in failed:
+        (facts / f"{fmt.shard_name(shard)}.parquet").unlink(missing_ok=True)
 
 
 def open_tasks(
@@ -174,7 +200,7 @@ def run(
     """
     from pipeline.cells import Cell, CellError, local_cluster  # a finished run never starts Ray
 
-    decoders = config.decoders or max(1, (os.cpu_count() or 2) - 1)
+    decoders = config.decoders or max(1, len(os.sched_getaffinity(0)) - 1)
     root = Path(job.root)
     captions = read_captions(root)
     first_caption = [0, *plan.shard_rows(text=True).cumsum().tolist()]
@@ -187,7 +213,7 @@ def run(
                     span = slice(first_caption[shard], first_caption[shard + 1])
                     task = ShardTask(shard, modalities, captions=captions[span])
                 else:
-                    task = ShardTask(shard, modalities, clips=read_clips(root, plan, shard))
+                    task = ShardTask(shard, modalities, clips=read_clips(root, shard))
                 for news in cell.encode(task):
                     report.update(news)
                 share, limit = report.failed_share, config.max_failed_share
@@ -207,9 +233,7 @@ def write_captions(column: fmt.Column, captions: list[str]) -> None:
         return
     keys = [caption_key(caption) for caption in captions]
     table = pa.table({"row": range(len(captions)), "key": keys, "caption": captions})
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    write_atomically(path, sink.getvalue().to_pybytes())
+    write_parquet(path, table)
 
 
 def write_statistics(column: fmt.Column) -> None:
@@ -234,15 +258,15 @@ def too_many_failed(totals: list[dict], config: EncodeConfig) -> str | None:
             failed = total["rows"] - total["ok"]
             return (
                 f"{failed} of {total['rows']} rows of {total['column']} failed, more than "
-                f"max_failed_share={config.max_failed_share:g}; see the table, and the facts "
-                "of every clip in facts@probe-*"
+                f"max_failed_share={config.max_failed_share:g}; every cause is in "
+                "runs/*/events.jsonl. Once mended, run the command with --retry-failed"
             )
     return None
 
 
 def command_line() -> str:
     """Return the command that was typed."""
-    return " ".join(["python -m pipeline.encode", *sys.argv[1:]])
+    return shlex.join(["python", "-m", "pipeline.encode", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -77,7 +77,6 @@ class ShardUpdate:
     status: str = ""
     message: str = ""
     committed: tuple[str, ...] = ()
-    rows: int = 0
     seconds: float = 0.0
     encode_s: float = 0.0
 
@@ -125,12 +124,10 @@ class ShardEncoder:
                 for modality, writer in writers.items()
                 if writer.commit(extra)
             )
-        rows = len(task.clips) or len(task.captions)
         yield ShardUpdate(
             "committed",
             task.shard,
             committed=names,
-            rows=rows,
             seconds=seconds,
             encode_s=self._encode_s,
         )
@@ -190,7 +187,8 @@ class ShardEncoder:
                     problems[modality] = problem
             code = fmt.STATUS_CODE[problems[modality][0]] if modality in problems else fmt.OK
             writer.add(clip.key, latent, code)
-        return clip_status(Decoded(None, None, problems))
+        written = {modality: problems[modality] for modality in writers if modality in problems}
+        return clip_status(written)
 
     def _encode_one(
         self, modality: str, item: np.ndarray | None

@@ -6,7 +6,7 @@ it without Ray, torch or a video decoder.
 
     DIR/plan.json, plan.parquet         which clip is row r of shard s; fixed when made
     DIR/facts@probe-1b2c3d4e/           what decoding found, one parquet per shard
-    DIR/video@dct1x8x8c16-3f9c21ab/     a column: column.json, then per shard
+    DIR/video@dct-3f9c21ab/             a column: column.json, then per shard
         000000.tar                      payloads, plain WebDataset
         000000.idx.npy                  one fixed-width record per row
         000000.json                     commit record, written last: the shard exists from here on

@@ -82,8 +82,3 @@ class Decoded:
     sound: np.ndarray | None
     problems: dict[str, tuple[str, str]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of frames and sound."""
-        return sum(array.nbytes for array in (self.frames, self.sound) if array is not None)

@@ -3,7 +3,7 @@
 H.264 in yuv420p and AAC, index in front. Second 0 is the first frame's start and the first
 sample: AAC's priming samples are signalled as an edit list, so that readers which honour
 timestamps see sound and picture in line. One thread and no dates: the same input gives the
-same bytes on the same FFmpeg build. Only this module and `pipeline.decode` import av.
+same bytes on the same FFmpeg build. Media is read by `pipeline.demux` and `pipeline.decode`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +11,10 @@ import pyarrow.parquet as pq
 
 from pipeline import format as fmt
 from pipeline.config import EncodeConfig
-from pipeline.files import sync_folder
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
 from pipeline.sources import Source
+from pipeline.tables import write_parquet
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -96,28 +95,24 @@ def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
 def write_clips(path: Path, plan: fmt.Plan, clips: list[Clip]) -> None:
     """Write plan.parquet: one row group a shard."""
     text_rows = {caption: row for row, caption in enumerate(unique_captions(clips))}
-    temporary = path.with_name(f".{path.name}.tmp")
-    with pq.ParquetWriter(temporary, PLAN_SCHEMA) as writer:
-        first = 0
-        for shard, rows in enumerate(plan.shard_rows().tolist()):
-            records = [
-                {**asdict(clip), "shard": shard, "row": row, "text_row": text_rows[clip.caption]}
-                for row, clip in enumerate(clips[first : first + rows])
-            ]
-            writer.write_table(pa.Table.from_pylist(records, PLAN_SCHEMA))
-            first += rows
-    temporary.rename(path)
-    sync_folder(path.parent)
+    shard_size = plan.clips[0].shard_size
+    records = [
+        {
+            **asdict(clip),
+            "shard": place // shard_size,
+            "row": place % shard_size,
+            "text_row": text_rows[clip.caption],
+        }
+        for place, clip in enumerate(clips)
+    ]
+    write_parquet(path, pa.Table.from_pylist(records, PLAN_SCHEMA), rows_per_group=shard_size)
 
 
-def read_clips(root: Path, plan: fmt.Plan, shard: int) -> list[Clip]:
+def read_clips(root: Path, shard: int) -> list[Clip]:
     """Return a shard's clips in row order."""
-    rows = plan.shard_rows()
-    first = int(rows[:shard].sum())
-    columns = list(Clip.__dataclass_fields__)
     with pq.ParquetFile(root / "plan.parquet") as file:
-        records = _slice(file, first, int(rows[shard]), columns).to_pylist()
-    return [Clip(**record) for record in records]
+        table = file.read_row_group(shard, columns=list(Clip.__dataclass_fields__))
+    return [Clip(**record) for record in table.to_pylist()]
 
 
 def read_captions(root: Path) -> list[str]:
@@ -130,30 +125,10 @@ def read_captions(root: Path) -> list[str]:
     return list(captions)
 
 
-def _slice(file: pq.ParquetFile, first: int, count: int, columns: list[str]) -> pa.Table:
-    """Read rows [first, first + count) from the row groups that hold them."""
-
-    def groups() -> Iterator[tuple[int, int]]:
-        start = 0
-        for group in range(file.num_row_groups):
-            yield group, start
-            start += file.metadata.row_group(group).num_rows
-
-    wanted = [
-        (group, start)
-        for group, start in groups()
-        if start < first + count and start + file.metadata.row_group(group).num_rows > first
-    ]
-    table = file.read_row_groups([group for group, _ in wanted], columns=columns)
-    return table.slice(first - wanted[0][1], count)
-
-
 def _difference(root: Path, found: fmt.Plan, plan: fmt.Plan, clips: list[Clip]) -> str:
     """Say how two plans differ, and what can be done."""
     there = {
-        clip.key
-        for shard in range(len(found.shard_rows()))
-        for clip in read_clips(root, found, shard)
+        clip.key for shard in range(len(found.shard_rows())) for clip in read_clips(root, shard)
     }
     now = {clip.key for clip in clips}
     details = [

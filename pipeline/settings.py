@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ def load(cls: type[Settings], path: Path | None, overrides: list[str]) -> Settin
     """
     values: dict[str, Any] = read_yaml(path) if path else {}
     for text in overrides:
-        set_dotted(values, text)
+        set_dotted(cls, values, text)
     return build(cls, values, str(path) if path else "the command line")
 
 
@@ -58,8 +59,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def set_dotted(values: dict[str, Any], text: str) -> None:
-    """Apply one ``section.key=value`` to nested ``values`` in place."""
+def set_dotted(cls: type, values: dict[str, Any], text: str) -> None:
+    """Apply one ``section.key=value`` of the settings ``cls`` to nested ``values`` in place.
+
+    The value is read as YAML, except where a text is wanted: the fingerprint 01234567 is no number.
+    """
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"argument {text!r}: expected key=value, such as data.root=shards/")
@@ -69,10 +73,21 @@ def set_dotted(values: dict[str, Any], text: str) -> None:
         if not isinstance(inner, dict):
             raise ConfigError(f"argument {text!r}: {section!r} is already set to {inner!r}")
         values = inner
+    hints = typing.get_type_hints(section_of(cls, sections) or object)
+    is_text = hints.get(last) is str or str in typing.get_args(hints.get(last))
     try:
-        values[last] = yaml.safe_load(value)
+        values[last] = value if is_text and value != "null" else yaml.safe_load(value)
     except yaml.YAMLError:
         values[last] = value
+
+
+def section_of(cls: type, names: Sequence[Any]) -> type | None:
+    """Return the settings dataclass that dotted names lead to, or None."""
+    section: Any = cls
+    for name in names:
+        inner = typing.get_type_hints(section).get(str(name)) if section else None
+        section = inner if dataclasses.is_dataclass(inner) else None
+    return section
 
 
 def build(cls: type[Settings], values: dict[str, Any], origin: str) -> Settings:
@@ -96,10 +111,7 @@ def build(cls: type[Settings], values: dict[str, Any], origin: str) -> Settings:
 
 def nearest(cls: type, location: tuple[Any, ...]) -> str:
     """Return "; did you mean …?" for an unknown key, or the known keys of its section."""
-    section: Any = cls
-    for part in location[:-1]:
-        inner = typing.get_type_hints(section).get(str(part)) if section else None
-        section = inner if dataclasses.is_dataclass(inner) else None
+    section = section_of(cls, location[:-1])
     known = [field.name for field in dataclasses.fields(section)] if section else []
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
     if close:

@@ -237,32 +237,6 @@ def channel_sums(array: np.ndarray, channel_axis: int) -> np.ndarray:
     return np.stack([values.sum(axis=others), np.square(values, out=values).sum(axis=others)])
 
 
-def read_row(column: Column, shard: int, row: int, num_rows: int) -> np.ndarray | None:
-    """Read one row of a committed shard, with its checksum; None for a tombstone.
-
-    Args:
-        num_rows: rows of the shard, from the plan.
-
-    Raises:
-        FormatError: the shard is not committed, the tar is cut short, or the bytes changed.
-    """
-    record = column.index(shard, num_rows)[row]
-    if record["status"] != OK:
-        return None
-    path = column.tar_path(shard)
-    with path.open("rb") as file:
-        file.seek(int(record["offset"]))
-        payload = file.read(int(record["nbytes"]))
-    found = google_crc32c.value(payload)
-    if len(payload) != record["nbytes"] or found != record["crc32c"]:
-        raise FormatError(
-            f"{path} row {row}: {len(payload)} bytes with crc32c {found:08x}, expected "
-            f"{record['nbytes']} with {record['crc32c']:08x}; remove the shard's .json and encode"
-        )
-    shape = [size for size in record["shape"].tolist() if size]
-    return np.frombuffer(payload, dtype=column.spec.dtype).reshape(shape)
-
-
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold an exclusive lock on the folder itself, so that no lock file is left behind."""

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.config import EncodeConfig
@@ -78,6 +78,7 @@ def _folder(root: Path, config: EncodeConfig) -> Source:
         raise ConfigError(
             f"--src {root}: no media among {num_skipped} files; expected files ending in "
             + ", ".join(sorted(MEDIA_SUFFIXES))
+            + " (links that lead out of the folder are not followed)"
         )
     clips = [_folder_clip(root, path, config) for path in media]
     return Source("folder", root, _unique_keys(clips), num_skipped)
@@ -153,13 +154,8 @@ def _unique_keys(clips: list[Clip]) -> list[Clip]:
             name = f"{key} {clip.uri}".encode()
             key = f"{clip.key[:64]}-{hashlib.sha256(name).hexdigest()[:8]}"
         seen[key] = clip.uri
-        unique.append(clip if key == clip.key else _renamed(clip, key))
+        unique.append(clip if key == clip.key else replace(clip, key=key))
     return unique
-
-
-def _renamed(clip: Clip, key: str) -> Clip:
-    fields = {name: getattr(clip, name) for name in Clip.__dataclass_fields__}
-    return Clip(**{**fields, "key": key})
 
 
 def _vggsound(path: Path, media: Path, config: EncodeConfig) -> Source:
@@ -176,8 +172,7 @@ def _vggsound(path: Path, media: Path, config: EncodeConfig) -> Source:
                     raise ConfigError(f"{path} line {line}: {clip.key} is there twice; remove one")
                 found = files.get(clip.key)
                 uri = _uri(media, found) if found else f"{clip.key}.mp4"
-                fields = {name: getattr(clip, name) for name in Clip.__dataclass_fields__}
-                clips[clip.key] = Clip(**{**fields, "uri": uri})
+                clips[clip.key] = replace(clip, uri=uri)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(f"{path} can't be read as csv: {error}") from None
     if not clips:

@@ -1,1 +1,1 @@
-"""Programs beside the product: data makers, benchmarks, scores."""
+"""Programs beside the product: data makers and scores."""

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The whole path once, on a world that needs no download: `make demo`. A second call goes on where
-# the first stopped. CLIPS, STEPS and SAMPLES make it smaller; the README's figures are of these.
+# the first stopped. NUM_CLIPS, STEPS and SAMPLES make it smaller than what the README reports.
 set -euo pipefail
 demo=${1:-demo}
 
 step() { printf '\n== %s\n' "$1"; }
 
 step "1/5 render clips with sound"
-python -m tools.make_clips --out "$demo/clips" --count "${CLIPS:-1500}" --seconds 2 --size 64 --fps 16
+python -m tools.make_clips --out "$demo/clips" --count "${NUM_CLIPS:-1500}"
 step "2/5 encode them once into latent shards"
 python -m pipeline.encode --src "$demo/clips" --out "$demo/shards" --config configs/encode/demo.yaml
 step "3/5 train one transformer on all three tasks"

@@ -66,10 +66,10 @@ def build_codec(codec: dict[str, Any], preprocessing: dict[str, Any]) -> Codec:
         raise FormatError(f"codec {name!r} is unknown to this version; known: {', '.join(CODECS)}")
     try:
         return CODECS[name](preprocessing, **settings)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise FormatError(
             f"codec {codec} after {preprocessing} can't be built ({error}); "
-            "use the version that wrote it"
+            "change these settings, or use the version that wrote them"
         ) from None
 
 

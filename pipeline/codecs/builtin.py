@@ -91,7 +91,7 @@ class DctVideo:
         )
 
     def encode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Encode frames uint8 [T, H, W, 3] into float32 latents; odd rests are cut off."""
+        """Encode frames uint8 [T, H, W, 3]; a last block that frames do not fill is cut."""
         return [self._encode(frames) for frames in batch]
 
     def _encode(self, frames: np.ndarray) -> np.ndarray:
@@ -153,6 +153,11 @@ class LogmelAudio:
         self.rate_hz = sample_rate / (hop * patch)
         self.offset_s = (patch - 1) / 2 * hop / sample_rate
         fmax_hz = min(fmax_hz, sample_rate / 2)
+        if fmin_hz >= fmax_hz:
+            raise FormatError(
+                f"logmel with fmin_hz={fmin_hz:g}: nothing is left below {fmax_hz:g} Hz (fmax_hz, "
+                "at most half the sample rate)"
+            )
         self.mel = mel_spectrogram(sample_rate, n_fft, hop, num_mels, fmin_hz, fmax_hz)
         frequency = np.arange(patch)
         distance = frequency[:, None] ** 2 + frequency**2

@@ -18,7 +18,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline import cells
-from pipeline.cells import DecoderPool, local_cluster
+from pipeline.cells import CellError, DecoderPool, local_cluster
 from pipeline.encoder import Job
 from pipeline.media import Clip, Decoded, DecodeSettings
 from pipeline.mux import write_mp4
@@ -54,6 +54,17 @@ class SlowToStart:
 
     def __init__(self):
         time.sleep(2 * TIMEOUT_S)
+
+    def decode(self, root, clip, settings, wanted):
+        return Decoded(None, None)
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class NeverStarts:
+    """Has libraries that can't be loaded."""
+
+    def __init__(self):
+        raise ImportError("libavcodec.so.62 is missing")
 
     def decode(self, root, clip, settings, wanted):
         return Decoded(None, None)
@@ -192,6 +203,12 @@ def test_time_to_start_a_decoder_is_not_the_clip_s(make_pool):
     ]
     assert {row for row, _ in found} == {0, 1, 2}
     assert statuses(dict(found)) == {}
+
+
+def test_decoder_that_can_not_start_is_blamed_on_no_clip(make_pool):
+    pool = make_pool(decoder=NeverStarts)
+    with pytest.raises(CellError, match=r"can't start: .*libavcodec.so.62 is missing"):
+        list(pool.decode(clips_of("fine", "fine"), [0, 1], set()))
 
 
 def test_real_decoder_decodes_and_gives_statuses(make_pool, tmp_path):

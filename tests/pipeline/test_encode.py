@@ -233,6 +233,16 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(clips, tmp_path):
         (["--src", "{clips}", "--out", "{out}", "shard_sise=4"], "did you mean 'shard_size'?"),
         (["--src", "{clips}", "--out", "{out}", "video.fsp=4"], "did you mean 'video.fps'?"),
         (["--src", "{clips}", "--out", "{other}"], "neither empty nor a data set"),
+        (
+            ["--src", "{clips}", "--out", "{out}", "--columns", "vidoe"],
+            "'video', 'audio' or 'text'",
+        ),
+        (["--src", "{clips}", "--out", "{out}", "--columns", ""], "columns"),
+        (
+            ["--src", "{clips}", "--out", "{out}", "video.size=100"],
+            "multiple of codec.block 8",
+        ),
+        (["--src", "{clips}", "--out", "{out}", "audio.codec.fmin_hz=9000"], "nothing is left"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(clips, tmp_path, arguments, expected):
@@ -280,6 +290,31 @@ def test_a_wrong_path_does_not_make_an_empty_data_set_quietly(tmp_path):
     assert done.returncode == 1
     assert "missing 5" in done.stdout
     assert "max_failed_share" in done.stderr
+
+
+def test_failed_clips_are_encoded_again_when_asked(clips, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "shards"
+    source.mkdir()
+    rows = "".join(f"id{i},0,a bounce,train\n" for i in range(4))
+    (source / "vggsound.csv").write_text(rows)
+    for i in range(3):
+        shutil.copy(clips / f"clip-{i:06d}.mp4", source / f"id{i}_000000.mp4")
+    assert encode(source, out).returncode == 0
+    shutil.copy(clips / "clip-000004.mp4", source / "id3_000000.mp4")
+    assert "0 shards to encode" in encode(source, out).stderr
+    done = encode(source, out, "--retry-failed")
+    assert done.returncode == 0, done.stderr
+    (column,) = (json.loads(path.read_text()) for path in out.glob("video@*/000000.json"))
+    assert column["ok"] == 4
+    (facts,) = out.glob("facts@*/000000.parquet")
+    assert {row["status"] for row in pq.read_table(facts).to_pylist()} == {"ok"}
+
+
+def test_help_lists_the_settings():
+    command = [sys.executable, "-m", "pipeline.encode", "--help"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "shard_size: 512" in printed
+    assert "sample_rate: 16000" in printed
 
 
 def test_the_real_clips_are_all_ok(shared_clips, tmp_path):

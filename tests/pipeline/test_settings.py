@@ -46,6 +46,17 @@ def test_unknown_key_names_the_nearest(override, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("text", ["12345678", "01234567", "1e5", "true", "a=b"])
+def test_a_text_setting_keeps_what_was_typed(text):
+    """A fingerprint may look like a number, and leading zeros count."""
+    assert load(Run, None, [f"optimizer.name={text}"]).optimizer.name == text
+    assert load(EncodeConfig, None, [f"media={text}"]).media == text
+
+
+def test_null_unsets_a_text_setting():
+    assert load(Run, None, ["optimizer.name=null"]).optimizer.name is None
+
+
 def test_every_wrong_key_is_named_at_once():
     with pytest.raises(ConfigError) as error:
         load(EncodeConfig, None, ["seeds=3", "video.fps=fast", "shard_size=0"])
@@ -151,7 +162,13 @@ BYTES = [
     for name, value in leaves(asdict(EncodeConfig()))
     if name.startswith(("video.", "audio.", "text.")) and not name.endswith(".name")
 ]
-ALTERNATIVES = {"audio.channels": 2, "audio.codec.num_mels": 128, "audio.codec.patch": 8}
+ALTERNATIVES = {
+    "video.size": 264,
+    "video.codec.block": 16,
+    "audio.channels": 2,
+    "audio.codec.num_mels": 128,
+    "audio.codec.patch": 8,
+}
 
 
 @pytest.mark.parametrize(("name", "value"), [*BYTES, ("clip.min_seconds", 1.0)])
