@@ -206,8 +206,19 @@ def restore(folder: Path, engine: Engine, ema: Ema, ranks: Ranks) -> None:
         ResumeError: DeepSpeed can't read its files.
         AgreedError: on all ranks, if one can't read its averaged weights.
     """
+
+    def load_shard() -> None:
+        path = ema_shard(folder, ranks.rank)
+        try:
+            ema.load(path)
+        except SafetensorError as error:
+            raise ResumeError(
+                f"{path} is damaged: {error}; remove {folder}, and the same command continues from "
+                "the checkpoint before"
+            ) from None
+
     engine.load(folder)
-    ranks.together(lambda: ema.load(ema_shard(folder, ranks.rank)))
+    ranks.together(load_shard)
 
 
 # ---------------------------------------------------------------------------------------------

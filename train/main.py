@@ -25,9 +25,11 @@ def main(arguments: list[str]) -> int:
         ranks = join_ranks()
         Trainer(config, ranks).run()
     except AgreedError as error:
+        leave_ranks()  # or else threads of gloo may abort the process as it ends
         return fail(str(error), speaks=os.environ["RANK"] == "0")
     except USER_ERRORS as error:
-        return fail(f"rank {os.environ.get('RANK', '0')}: {error}", speaks=True)
+        status = fail(f"rank {os.environ.get('RANK', '0')}: {error}", speaks=True)
+        os._exit(status)  # without the others, which may wait for this rank: leaving could hang
     leave_ranks()
     return 0
 
