@@ -39,7 +39,12 @@ def load(cls: type[Settings], path: Path | None, overrides: list[str]) -> Settin
     values: dict[str, Any] = read_yaml(path) if path else {}
     for text in overrides:
         set_dotted(cls, values, text)
-    return build(cls, values, str(path) if path else "the command line")
+    return build(cls, values, origin(path, overrides))
+
+
+def origin(path: Path | None, overrides: list[str]) -> str:
+    """Return where settings came from, for messages about them."""
+    return " or ".join([str(path)] * bool(path) + ["the command line"] * bool(overrides))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def section_of(cls: type, names: Sequence[Any]) -> type | None:
     return section
 
 
-def build(cls: type[Settings], values: dict[str, Any], origin: str) -> Settings:
+def build(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
     """Validate ``values`` into ``cls``.
 
     Raises:
@@ -106,7 +111,7 @@ def build(cls: type[Settings], values: dict[str, Any], origin: str) -> Settings:
                 lines.append(f"unknown setting {name!r}{nearest(cls, item['loc'])}")
             else:
                 lines.append(f"setting {name!r}: {item['msg']}, got {item['input']!r}")
-        raise ConfigError(f"{origin}: " + "; ".join(lines)) from None
+        raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 
 def nearest(cls: type, location: tuple[Any, ...]) -> str:

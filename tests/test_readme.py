@@ -78,6 +78,10 @@ def test_the_tour_runs_as_written(shared_clips, tmp_path):
         for path in (folder / "runs").glob("*/checkpoints/*/state.json")
     }
     assert len(columns) == 2, "the second run did not train on the second audio column"
+    # The first run goes on by its own command, though there are two audio columns now.
+    first_run = next(line for line in tour[0].splitlines() if line.startswith("deepspeed"))
+    run(f"{faster(first_run)} steps=4", folder, 200)
+    assert (folder / "runs" / "first" / "checkpoints" / "step_00000004").is_dir()
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def load_train_config(path: Path | None, overrides: list[str]) -> TrainConfig:
     if isinstance(model, dict) and "preset" in model:
         own = {name: value for name, value in model.items() if name != "preset"}
         values["model"] = {**read_preset(model["preset"]), **own}
-    return settings.build(TrainConfig, values, str(path) if path else "the command line")
+    return settings.build(TrainConfig, values, settings.origin(path, overrides))
 
 
 def read_preset(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ opening files, runs ``together``: if it fails anywhere it fails everywhere, with
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,11 @@ class Trainer:
         self.run_dir = Path(config.run_dir)
         self.precision = choose_precision(config.precision, ranks.device)
         self.accumulation = ranks.together(lambda: config.accumulation(ranks.num_ranks))
-        self.view, self.loader = ranks.together(self._open_data)
-        self.sinks: Sinks | None = None
         # Rank 0 chooses, as a shared file system may show the ranks different folders.
         newest = checkpoint.latest_complete(self.run_dir) if ranks.rank == 0 else None
         self.resumed: Path | None = ranks.gather(newest)[0]
+        self.view, self.loader = ranks.together(self._open_data)
+        self.sinks: Sinks | None = None
         self.step = ranks.together(self._position)  # optimiser steps done
         self.skipped_in_a_row = 0
         ranks.check_agreement(
@@ -68,9 +69,12 @@ class Trainer:
         )
 
     def _open_data(self) -> tuple[View, LatentLoader]:
-        config, ranks = self.config, self.ranks
-        patches = config.model.time_patches
-        view = open_view(Path(config.data.root), config.data, time_multiple=patches)
+        config, ranks, data = self.config, self.ranks, self.config.data
+        if self.resumed:  # a column encoded since must not make "the only one" ambiguous
+            columns = checkpoint.read_state(self.resumed)["data"]["columns"]
+            unnamed = {name: columns[name] for name in columns if getattr(data, name) is None}
+            data = replace(data, **unnamed)
+        view = open_view(Path(data.root), data, time_multiple=config.model.time_patches)
         loader = LatentLoader(
             view,
             seed=config.seed,
