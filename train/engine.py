@@ -58,11 +58,18 @@ def join_ranks() -> Ranks:
         # Its shared-memory all-reduce is compiled at start-up: 80 s on 2 cores, and a build that
         # is killed leaves a lock that later runs wait for without a word.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo",
-        timeout=COLLECTIVE_TIMEOUT,
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"the ranks can't meet at {address} ({str(error).splitlines()[0]}); where another run "
+            "uses that port, start with `deepspeed --master_port 29501 train/main.py`"
+        ) from None
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
         ranks = join_ranks()
         Trainer(config, ranks).run()
     except AgreedError as error:
-        leave_ranks()  # or else threads of gloo may abort the process as it ends
+        leave_ranks()
         return fail(str(error), speaks=os.environ["RANK"] == "0")
     except USER_ERRORS as error:
         status = fail(f"rank {os.environ.get('RANK', '0')}: {error}", speaks=True)
@@ -42,4 +42,9 @@ def fail(message: str, speaks: bool) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Everything is written and closed. Native threads of gloo may still run, and the interpreter's
+    # teardown under them now and then aborts a finished run ("terminate called without …").
+    os._exit(exit_status)
