@@ -32,6 +32,7 @@ AAC_BITS_PER_S = 96_000  # per channel; FFmpeg's encoder lowers it where the rat
 
 # NTSC rates (30000/1001) stay exact below this denominator.
 MAX_FPS_DENOMINATOR = 1001
+CRF = "18"  # x264's quality, from 0 (lossless) to 51: what a codec lost shows, not what x264 does
 
 
 def write_mp4(
@@ -40,7 +41,6 @@ def write_mp4(
     fps: float,
     sound: np.ndarray | None,
     sample_rate: int,
-    crf: int = 18,
 ) -> None:
     """Write one clip; ``path`` appears complete or not at all.
 
@@ -52,7 +52,6 @@ def write_mp4(
         sound: float [N] or [channels, N] with one or two channels in [-1, 1] (values beyond are
             clipped), or None for a silent film without an audio stream.
         sample_rate: of ``sound`` in Hz, one of ``SAMPLE_RATES_HZ``.
-        crf: x264's quality, 0 (lossless) to 51.
 
     Raises:
         ValueError: an array or a rate that can't be written; the message says what fits.
@@ -66,7 +65,7 @@ def write_mp4(
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     try:
         with av.open(str(temporary), "w", format="mp4", options=options) as container:
-            packets = video_packets(container, frames, fps, crf)
+            packets = video_packets(container, frames, fps)
             if planes is not None:
                 packets += audio_packets(container, planes, sample_rate)
             # In the order of decoding, so that a player needs no seeking.
@@ -109,13 +108,11 @@ def sound_planes(sound: np.ndarray, sample_rate: int) -> np.ndarray:
     return np.ascontiguousarray(planes.clip(-1, 1))
 
 
-def video_packets(
-    container: OutputContainer, frames: np.ndarray, fps: float, crf: int
-) -> list[av.Packet]:
+def video_packets(container: OutputContainer, frames: np.ndarray, fps: float) -> list[av.Packet]:
     """Add an H.264 stream to ``container`` and return the encoded frames, uint8 [T, H, W, 3]."""
     rate = Fraction(fps).limit_denominator(MAX_FPS_DENOMINATOR)
     # No B-frames: decoding order is showing order, and the first timestamp is 0 in every reader.
-    options = {"crf": str(crf), "preset": "medium", "bf": "0", "threads": "1"}
+    options = {"crf": CRF, "preset": "medium", "bf": "0", "threads": "1"}
     stream = container.add_stream("libx264", rate=rate, options=options)
     stream.height, stream.width = frames.shape[1:3]
     stream.pix_fmt = "yuv420p"

@@ -72,7 +72,7 @@ def set_dotted(cls: type, values: dict[str, Any], text: str) -> None:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(f"argument {text!r}: expected key=value, such as data.root=shards/")
-    *sections, last = name.lstrip("-").split(".")
+    *sections, last = name.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):

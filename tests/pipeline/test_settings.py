@@ -80,7 +80,7 @@ def test_small_number_is_a_number_however_it_is_written(tmp_path, text):
 
 
 def test_overrides_are_read_as_yaml():
-    config = load(EncodeConfig, None, ["columns=[audio, text]", "media=null", "--video.fps=12"])
+    config = load(EncodeConfig, None, ["columns=[audio, text]", "media=null", "video.fps=12"])
     assert config.columns == ("audio", "text") and config.media is None and config.video.fps == 12
     assert load(EncodeConfig, None, ["media=a=b"]).media == "a=b"
 

@@ -255,9 +255,8 @@ class DiT(nn.Module):
         """Return both velocities from the last block's x [B, N, D].
 
         A token's noise has P degrees of freedom, of which the output layer answers at most D. The
-        skip, one factor per value of the noisy token, carries the rest. With 512 values on a
-        width of 192 (tiny, 200 steps of 16 bouncing-shape clips, all tasks) it takes the loss
-        of video from 1.76 to 1.43 and that of audio from .73 to .65.
+        skip, one factor per value of the noisy token, carries the rest: tiny
+        has 512 values a video token on a width of 192.
         """
         lengths = [1, *(y.shape[1] for y in tokens)]
         shift, scale = self.final_modulation(F.silu(condition)).chunk(2, dim=-1)
