@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -11,6 +11,11 @@ from pydantic.dataclasses import dataclass
 from pipeline.format import ColumnSpec
 from pipeline.media import DecodeSettings
 from pipeline.settings import STRICT
+
+# Raise when pipeline.decode gives other frames or sound for the same settings.
+DECODER_VERSION = 2
+
+PixelCount = Annotated[int, Field(ge=16, le=4096)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,17 +52,31 @@ class HashSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class VideoSettings:
-    """Picture: ``fps`` frames a second, short side resized to ``size`` and centre cropped."""
+    """Picture at ``fps`` frames a second.
+
+    Attributes:
+        size: frames are ``size`` x ``size`` pixels.
+        buckets: instead of ``size``, [height, width] of several sizes; every clip takes the one
+            whose aspect ratio is nearest to its own.
+        fit: "crop" scales the picture to fill its size and cuts the centre out; "pad" scales it
+            to fit in and leaves black bars.
+    """
 
     fps: float = Field(default=8.0, gt=0, le=120)
     size: int = Field(default=256, ge=16, le=4096)
+    buckets: tuple[tuple[PixelCount, PixelCount], ...] = ()
+    fit: Literal["crop", "pad"] = "crop"
     codec: DctSettings = Field(default_factory=DctSettings)
 
     def __post_init__(self) -> None:
-        if self.size % self.codec.block:
-            raise ValueError(
-                f"size {self.size} is not a multiple of codec.block {self.codec.block}"
-            )
+        for size in {side for sides in self.sizes for side in sides}:
+            if size % self.codec.block:
+                raise ValueError(f"size {size} is not a multiple of codec.block {self.codec.block}")
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of the frames to choose from."""
+        return self.buckets or ((self.size, self.size),)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -79,10 +98,55 @@ class TextSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClipSettings:
-    """Which span of a file is a clip: its first ``seconds``, and not less than ``min_seconds``."""
+    """Which span of a file is a clip: its first ``seconds``."""
 
     seconds: float = Field(default=10.0, gt=0)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class WindowSettings:
+    """Cut every file into clips of ``seconds``, one each ``stride_seconds``; 0: not cut."""
+
+    seconds: float = Field(default=0.0, ge=0)
+    stride_seconds: float = Field(default=0.0, ge=0)
+
+    def __post_init__(self) -> None:
+        if self.seconds and not self.stride_seconds:
+            object.__setattr__(self, "stride_seconds", self.seconds)
+        if self.stride_seconds and not self.seconds:
+            raise ValueError("stride_seconds needs seconds: the length of a window")
+
+
+Policy = Literal["flag", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class CheckSettings:
+    """What becomes of doubtful clips: "flag" notes it in the facts, "drop" gives no latents.
+
+    The defaults keep what papers that train on VGGSound keep: every clip that is there whole.
+    Each policy has one threshold; the facts of ``pipeline.checks`` say how it is measured.
+
+    Attributes:
+        min_seconds: ``too_short`` below this much of picture and sound together.
+        min_decoded_share: ``truncated`` below this share of the frames or samples expected.
+        max_silent_share: ``silent`` above this share of time below -60 dBFS.
+        min_motion: ``still`` below this mean difference of frames 1 / fps apart (white is 1).
+        min_fps: ``low_fps`` below this many frames a second in the file.
+        duplicate: same packets of picture and sound as a clip earlier in the plan.
+    """
+
+    too_short: Policy = "drop"
     min_seconds: float = Field(default=1.0, ge=0)
+    truncated: Policy = "drop"
+    min_decoded_share: float = Field(default=0.98, ge=0, le=1)
+    silent: Policy = "flag"
+    max_silent_share: float = Field(default=0.95, ge=0, le=1)
+    still: Policy = "flag"
+    min_motion: float = Field(default=0.001, ge=0, le=1)
+    low_fps: Policy = "flag"
+    min_fps: float = Field(default=8.0, ge=0)
+    duplicate: Policy = "flag"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -90,12 +154,16 @@ class EncodeConfig:
     """Everything ``python -m pipeline.encode`` can be told.
 
     Attributes:
-        media: VGGSound only: folder of the media, default the folder of the csv.
+        media: csv and table only: folder or URL of the media, default that of the table.
         columns: which modalities to encode.
         shard_size: clips per shard, the unit of work and of commit.
         seed: of the plan's shuffle.
+        caption_template: caption of clips that have a label only, such as "the sound of {label}".
         decoders: decoder processes beside the encoder; 0 = CPUs of the machine less one.
         decode_timeout_s: a clip that takes longer has its decoder killed.
+        clips_per_decoder: a decoder process is replaced after this many clips.
+        cache_dir: where remote media and members of tars are kept for a while; default: in /tmp.
+        cache_gb: size of that cache on every node, at most.
         window_mb: decoded frames and sound in flight, at most (but two clips at least).
         max_failed_share: the run fails (exit 1) when more clips than this have no latents.
     """
@@ -106,12 +174,18 @@ class EncodeConfig:
     )
     shard_size: int = Field(default=512, ge=1)
     seed: int = 0
+    caption_template: str = ""
     clip: ClipSettings = Field(default_factory=ClipSettings)
+    windows: WindowSettings = Field(default_factory=WindowSettings)
     video: VideoSettings = Field(default_factory=VideoSettings)
     audio: AudioSettings = Field(default_factory=AudioSettings)
     text: TextSettings = Field(default_factory=TextSettings)
+    checks: CheckSettings = Field(default_factory=CheckSettings)
     decoders: int = Field(default=0, ge=0)
     decode_timeout_s: float = Field(default=60.0, gt=0)
+    clips_per_decoder: int = Field(default=2000, ge=1)
+    cache_dir: str | None = None
+    cache_gb: float = Field(default=20.0, gt=0)
     window_mb: int = Field(default=512, ge=1)
     max_failed_share: float = Field(default=0.5, ge=0, le=1)
 
@@ -120,24 +194,43 @@ def decode_settings(config: EncodeConfig) -> DecodeSettings:
     """Return what the decoders are told."""
     return DecodeSettings(
         fps=config.video.fps,
-        size=config.video.size,
+        sizes=config.video.sizes,
+        fit=config.video.fit,
         sample_rate=config.audio.sample_rate,
         channels=config.audio.channels,
-        min_seconds=config.clip.min_seconds,
     )
 
 
 def preprocessing(config: EncodeConfig, modality: str) -> dict[str, Any]:
     """Return what a modality goes through before its codec; part of the fingerprint.
 
-    ``decoder`` counts versions of ``pipeline.decode``: raise it when its output changes.
+    ``decoder`` counts versions of ``pipeline.decode``: raise it when its output changes. Checks
+    count where they decide what has latents.
     """
     if modality == "text":
         return {"max_words": config.text.max_words}
-    common = {"min_seconds": config.clip.min_seconds, "decoder": 1}
+    common = {"checks": dropping(config.checks), "decoder": DECODER_VERSION}
     if modality == "video":
-        return {"fps": config.video.fps, "size": config.video.size, "crop": "centre"} | common
+        video = config.video
+        return {"fps": video.fps, "sizes": list(video.sizes), "fit": video.fit} | common
     return {"sample_rate": config.audio.sample_rate, "channels": config.audio.channels} | common
+
+
+def dropping(checks: CheckSettings) -> dict[str, Any]:
+    """Return the checks that take latents away, with their thresholds."""
+    thresholds = {
+        "too_short": "min_seconds",
+        "truncated": "min_decoded_share",
+        "silent": "max_silent_share",
+        "still": "min_motion",
+        "low_fps": "min_fps",
+        "duplicate": None,
+    }
+    return {
+        check: getattr(checks, threshold) if threshold else True
+        for check, threshold in thresholds.items()
+        if getattr(checks, check) == "drop"
+    }
 
 
 def column_specs(config: EncodeConfig) -> dict[str, ColumnSpec]:

@@ -31,7 +31,7 @@ class Clip:
 
     Attributes:
         key: unique name, ``[A-Za-z0-9_-]+``.
-        uri: path of the media file relative to the source's root.
+        uri: where the media is below the source's root, see ``pipeline.storage``.
         start_s: second of the file at which the clip starts, from its first video frame.
         duration_s: the clip ends here at the latest; files that end earlier give less.
         caption: text, "" where there is none.
@@ -54,17 +54,17 @@ class DecodeSettings:
 
     Attributes:
         fps: frame k is the one being presented at second k / fps.
-        size: frames are size x size pixels: short side resized, centre cropped.
+        sizes: (height, width) in pixels to choose from: the one of the nearest aspect ratio.
+        fit: "crop" fills the size and cuts what is over; "pad" shows all, black around it.
         sample_rate: PCM rate in Hz.
         channels: 1 averages all channels; 2 keeps stereo and doubles mono.
-        min_seconds: less than this of a clip is ``too_short``.
     """
 
     fps: float
-    size: int
+    sizes: tuple[tuple[int, int], ...]
+    fit: str
     sample_rate: int
     channels: int
-    min_seconds: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Decoded:
     """What a decoder found in one clip.
 
     Attributes:
-        frames: uint8 [T, size, size, 3] RGB, or None (not asked for, or a problem).
+        frames: uint8 [T, height, width, 3] RGB, or None (not asked for, or a problem).
         sound: float32 [channels, N] in about [-1, 1], or None.
         problems: modality -> (status, message) for what can't be encoded.
         facts: what was measured on the way, see ``pipeline.checks``.
