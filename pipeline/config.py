@@ -132,6 +132,7 @@ class CheckSettings:
         min_decoded_share: ``truncated`` below this share of the frames or samples expected.
         max_silent_share: ``silent`` above this share of time below -60 dBFS.
         min_motion: ``still`` below this mean difference of frames 1 / fps apart (white is 1).
+            At 8 fps, coded still images gave at most .0007, the 35 real test clips .003 to .16.
         min_fps: ``low_fps`` below this many frames a second in the file.
         duplicate: same packets of picture and sound as a clip earlier in the plan.
     """

@@ -20,15 +20,26 @@ SOURCES = sorted(
 IMPORTERS = {
     "ray": {"pipeline/cells.py"},
     "deepspeed": {"train/engine.py"},
-    "decord": {"pipeline/decode.py"},
-    "av": {"pipeline/demux.py", "pipeline/decode.py", "pipeline/mux.py"},
+    "decord": {"pipeline/picture.py"},
+    "av": {f"pipeline/{name}.py" for name in ("demux", "picture", "sound", "mux")},
     "torchaudio": {"pipeline/audio.py"},
+    "fsspec": {"pipeline/storage.py"},
 }
 TRAIN_MAY_IMPORT = {"pipeline", "pipeline.files", "pipeline.format", "pipeline.settings"}
 SAMPLE_MAY_IMPORT = TRAIN_MAY_IMPORT | {"pipeline.codecs", "pipeline.gallery"}
 DEPENDENCIES = {
-    *("av", "decord", "deepspeed", "google_crc32c", "numpy", "PIL", "pyarrow", "pydantic", "yaml"),
-    *("ray", "safetensors", "tensorboard", "torch", "torchaudio", "tqdm", "webdataset"),
+    *("av", "decord", "deepspeed", "fsspec", "google_crc32c", "numpy", "PIL", "pyarrow"),
+    *(
+        "pydantic",
+        "yaml",
+        "ray",
+        "safetensors",
+        "tensorboard",
+        "torch",
+        "torchaudio",
+        "tqdm",
+        "webdataset",
+    ),
 }
 
 
