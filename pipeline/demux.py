@@ -6,6 +6,7 @@ picture). All times below are seconds from there, unless named ``pts_s``.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from pipeline.media import ClipError
+from pipeline.media import Clip, ClipError
 
 # Containers whose index makes a seek land on the keyframe that was asked for.
 INDEXED_FORMATS = frozenset(("mov", "matroska"))
@@ -72,6 +73,7 @@ class Probe:
 
     video: VideoProbe | None
     audio: AudioProbe | None
+    content_hash: str = ""
 
     @property
     def zero_s(self) -> float:
@@ -86,7 +88,7 @@ def open_media(path: Path) -> Any:
     return av.open(str(path), metadata_errors="replace")
 
 
-def probe(path: Path) -> Probe:
+def probe(path: Path, clip: Clip | None = None) -> Probe:
     """Read every packet's timestamps, decoding no more than one frame.
 
     Raises:
@@ -103,6 +105,7 @@ def probe(path: Path) -> Probe:
                 if packet.pts is not None:
                     timing = (packet.pts, packet.duration or 0, packet.is_discard)
                     packets[packet.stream.index].append(_Packet(*timing, packet.is_keyframe))
+            digest = hashlib.blake2b(digest_size=16)
             found: dict[str, Any] = {"video": None, "audio": None}
             for stream in streams:
                 timings = packets[stream.index]
@@ -116,7 +119,7 @@ def probe(path: Path) -> Probe:
         raise ClipError("unreadable", f"FFmpeg can't open it: {_reason(error)}") from None
     if not any(found.values()):
         raise ClipError("unreadable", "no stream of picture or sound that can be decoded")
-    return Probe(**found)
+    return Probe(**found, content_hash=digest.hexdigest())
 
 
 def _reason(error: Exception) -> str:

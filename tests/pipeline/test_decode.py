@@ -19,7 +19,7 @@ SIZE = 64
 BLOCK = SIZE // 4
 RATE = 16000
 BOTH = {"video", "audio"}
-SETTINGS = DecodeSettings(fps=8, size=SIZE, sample_rate=RATE, channels=1, min_seconds=1)
+SETTINGS = DecodeSettings(fps=8, sizes=((SIZE, SIZE),), fit="crop", sample_rate=RATE, channels=1)
 CLICK_S = 1.5
 
 
@@ -178,7 +178,7 @@ def test_frames_are_right_behind_a_seek(
 ):
     """decord counts frames after a seek: off in open groups and in files without an index."""
     if decoder == "pyav":
-        monkeypatch.setattr("pipeline.decode._decord_frames", lambda *arguments: None)
+        monkeypatch.setattr("pipeline.picture._decord_frames", lambda *arguments: None)
     encode_groups(tmp_path / name, codec, options, muxer_options)
     for start in (0, 11, 12, 13, 35, 60, 107):
         decoded = decode(tmp_path / name, clip_of(start / 25, 1.0))
@@ -493,7 +493,7 @@ def test_both_decoders_show_the_same_pictures(shared_clips, monkeypatch, folder)
     for path in paths:
         decoded = decode(path, clip_of(2.3, 1.0), wanted={"video"})
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.decode._decord_frames", lambda *arguments: None)
+            patch.setattr("pipeline.picture._decord_frames", lambda *arguments: None)
             other = decode(path, clip_of(2.3, 1.0), wanted={"video"})
         for ours, theirs in zip(decoded.frames, other.frames, strict=True):
             assert np.abs(ours.astype(float) - theirs).mean() < 6

@@ -1,0 +1,135 @@
+"""PCM of a clip's span on the common clock, decoded by PyAV at the file's own rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+
+from pipeline.audio import resample
+from pipeline.demux import AudioProbe, open_media
+from pipeline.media import ClipError
+
+# Encoders put up to this much in front of the sound (AAC: 2,112 samples) for decoders to drop.
+MAX_PRIMING_S = 0.1
+# Timestamps that differ by less from the count of samples say the same: Matroska and FLV round
+# to 1 ms, so the first one and a later one are up to 1 ms apart. Beyond it, there is a gap.
+ROUNDING_S = 0.0012
+# Codecs need a run-up behind a seek: a second is over 40 packets of AAC.
+RUN_UP_S = 1.0
+INTEGER_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31, "i8": 2.0**63}
+
+
+class _Piece(NamedTuple):
+    """Samples that follow each other without a gap, float32 [channels, n]."""
+
+    pts_s: float
+    rate_hz: int
+    samples: np.ndarray
+
+
+def decode_sound(
+    path: Path, audio: AudioProbe, first_s: float, duration_s: float, channels: int
+) -> tuple[np.ndarray, float]:
+    """Decode PCM of a span at the rate of ``audio``.
+
+    Late sound is preceded by silence, early sound is cut; gaps in the timestamps stay gaps.
+
+    Args:
+        path: the media file.
+        audio: its sound, see ``pipeline.demux``.
+        first_s: presentation time at which the span starts.
+        duration_s: its length; the sound should be there until its end.
+        channels: 1 averages, 2 keeps stereo and doubles everything else.
+
+    Returns:
+        float32 [channels, round(duration_s * rate)], and the share of it that could be decoded
+        of what should be there.
+
+    Raises:
+        ClipError: ``truncated``: not one sample can be decoded.
+    """
+    rate_hz = audio.sample_rate
+    native = np.zeros((channels, round(duration_s * rate_hz)), dtype=np.float32)
+    filled, begins_s = 0, audio.start_s + MAX_PRIMING_S
+    for piece in _pieces(_decoded(path, audio, first_s, first_s + duration_s, channels)):
+        begins_s = min(begins_s, max(piece.pts_s, audio.start_s))
+        samples = resample(piece.samples, piece.rate_hz, rate_hz)
+        start = round((piece.pts_s - first_s) * rate_hz)
+        low, high = max(start, 0), min(start + samples.shape[1], native.shape[1])
+        if high > low:
+            native[:, low:high] = samples[:, low - start : high - start]
+            filled += high - low
+    expected = native.shape[1] - max(0, round((begins_s - first_s) * rate_hz))
+    if expected > 0 and filled == 0:
+        raise ClipError("truncated", f"none of {expected} samples can be decoded")
+    return native, min(filled / expected, 1.0) if expected > 0 else 1.0
+
+
+def _pieces(decoded: Iterator[_Piece]) -> Iterator[_Piece]:
+    """Join what follows each other: frame by frame, rounded timestamps would tear the sound."""
+    joined: list[_Piece] = []
+    ends_s = 0.0
+    for piece in decoded:
+        first = joined[0] if joined else piece
+        if piece.rate_hz != first.rate_hz or abs(piece.pts_s - ends_s) > ROUNDING_S:
+            if joined:
+                yield _join(joined)
+            joined, ends_s = [], piece.pts_s
+        joined.append(piece)
+        ends_s += piece.samples.shape[1] / piece.rate_hz
+    if joined:
+        yield _join(joined)
+
+
+def _join(pieces: list[_Piece]) -> _Piece:
+    samples = np.concatenate([piece.samples for piece in pieces], axis=1)
+    return _Piece(pieces[0].pts_s, pieces[0].rate_hz, samples)
+
+
+def _decoded(
+    path: Path, audio: AudioProbe, from_s: float, to_s: float, channels: int
+) -> Iterator[_Piece]:
+    """Yield every frame around the span, each at its own rate."""
+    with open_media(path) as container:
+        stream: Any = container.streams.best("audio")
+        stream.thread_count = 1
+        if from_s > audio.start_s + RUN_UP_S:
+            container.seek(int(Fraction(from_s - RUN_UP_S) / stream.time_base), stream=stream)
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                continue  # the samples that are not there are counted above
+            for frame in frames:
+                if frame.pts is None or not frame.sample_rate:
+                    continue
+                pts_s = float(frame.pts * frame.time_base)
+                if pts_s >= to_s:
+                    return
+                yield _Piece(pts_s, frame.sample_rate, _mix(_samples(frame), channels))
+
+
+def _samples(frame: av.AudioFrame) -> np.ndarray:
+    """Return a frame's samples, float32 [channels, n] in about [-1, 1]."""
+    samples = frame.to_ndarray()
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T
+    scale = INTEGER_SCALE.get(samples.dtype.str[1:])
+    if scale is None:
+        return samples.astype(np.float32, copy=False)
+    middle = 128 if samples.dtype == np.uint8 else 0
+    return (samples.astype(np.float32) - middle) / np.float32(scale)
+
+
+def _mix(samples: np.ndarray, channels: int) -> np.ndarray:
+    """Average to mono, or keep two; FFmpeg's own downmix would add 3 dB."""
+    if channels == 1:
+        return samples.mean(axis=0, keepdims=True, dtype=np.float32)
+    if samples.shape[0] == 2:
+        return samples
+    return np.repeat(samples.mean(axis=0, keepdims=True, dtype=np.float32), channels, axis=0)
