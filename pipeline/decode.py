@@ -140,15 +140,14 @@ def _too_short(duration_s: float, clip: Clip, settings: DecodeSettings) -> str:
 
 
 def _common_span(probed: Probe, clip: Clip) -> tuple[float, dict[str, float]]:
-    """Return the clip's real length, and modality -> share there of what the header promises."""
+    """Return the clip's real length, and modality -> share there of what the index promises."""
     duration_s, shares = clip.duration_s, {"video": 0.0, "audio": 0.0}
+    start_s = probed.zero_s + clip.start_s
     for modality, stream in (("video", probed.video), ("audio", probed.audio)):
         if stream is None:
             continue
-        there_s = max(stream.end_s - probed.zero_s - clip.start_s, 0.0)
-        start_s = float(stream.pts_s[0]) if isinstance(stream, VideoProbe) else stream.start_s
-        declared_s = start_s + stream.declared_s - probed.zero_s - clip.start_s
-        expected_s = min(clip.duration_s, declared_s)
+        there_s = max(stream.end_s - start_s, 0.0)
+        expected_s = min(clip.duration_s, stream.declared_end_s - start_s)
         whole = there_s >= expected_s - SAME_LENGTH_S
         shares[modality] = 1.0 if whole else there_s / expected_s
         duration_s = min(duration_s, there_s)
@@ -164,15 +163,15 @@ def _facts(probed: Probe) -> dict[str, Any]:
 
 
 def _video_facts(video: VideoProbe) -> dict[str, Any]:
-    shown_s = video.end_s - float(video.pts_s[0])
+    read_s = video.end_s - float(video.pts_s[0])
     return {
         "video_codec": video.codec,
         "width": video.width,
         "height": video.height,
         "pixel_aspect": video.pixel_aspect,
         "rotation": video.rotation,
-        "fps": len(video.pts_s) / shown_s if shown_s > 0 else 0.0,
-        "video_s": shown_s,
+        "fps": len(video.pts_s) / read_s if read_s > 0 else 0.0,
+        "video_s": video.length_s,
     }
 
 
@@ -181,6 +180,6 @@ def _audio_facts(audio: AudioProbe, zero_s: float) -> dict[str, Any]:
         "audio_codec": audio.codec,
         "sample_rate": audio.sample_rate,
         "channels": audio.channels,
-        "audio_s": audio.end_s - audio.start_s,
+        "audio_s": audio.length_s,
         "audio_offset_s": audio.start_s - zero_s,
     }

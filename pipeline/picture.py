@@ -12,26 +12,33 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
 import torch  # noqa: F401  decord before torch can crash (sam2#465)
+from av.video.frame import PictureType
+from av.video.reformatter import Interpolation, VideoReformatter
 
-from pipeline.demux import VideoProbe, open_media
+from pipeline.demux import UNSPECIFIED_MATRIX, VideoProbe, open_media, packets_of
 from pipeline.media import ClipError, DecodeSettings
 
 import decord  # isort: skip
 
 # Two clocks agree when they differ by less; the finest frame interval seen is 8 ms.
 CLOCK_TOLERANCE_S = 0.002
+# Untagged colour is BT.709 above this height, as players have it; decord takes it for BT.601.
+SD_HEIGHT = 576
+# How FFmpeg's own lines start: "[h264 @ 0x5642] error while decoding MB 5 9".
+FFMPEG_LINE = re.compile(rb"\[[^\]]+ @ 0x[0-9a-f]+\]|    Last message repeated")
 
 os.environ.setdefault("DECORD_LOG_LEVEL", "3")
-decord.logging.set_level(decord.logging.QUIET)
+decord.logging.set_level(decord.logging.ERROR)
 log = logging.getLogger(__name__)
 
 
@@ -58,6 +65,7 @@ class Geometry:
 
     scaled_width: int  # of the coded frame, before it is turned
     scaled_height: int
+    mirrored: bool  # left to right, before it is turned
     quarter_turns: int  # counter-clockwise
     height: int
     width: int
@@ -78,16 +86,32 @@ def decode_picture(
     Raises:
         ClipError: ``truncated``: not one frame can be decoded.
     """
+    if video.encrypted:
+        raise ClipError("truncated", "the picture is encrypted (DRM), expected an unprotected file")
     instants = first_s + np.arange(count) / settings.fps
     chosen = np.searchsorted(video.pts_s, instants + CLOCK_TOLERANCE_S, side="right") - 1
     chosen = np.maximum(chosen, 0)
     geometry = fit_geometry(video, settings)
-    if video.exact_seek and video.hidden_frames == 0 and video.rotation == 0:
+    if _suits_decord(video):
         frames = _decord_frames(path, video, chosen, geometry)
         if frames is not None:
-            return Picture(place(frames, geometry), video.pts_s[chosen], 1.0, "decord")
-    frames, share = _pyav_frames(path, video, chosen, geometry)
+            return Picture(frames, video.pts_s[chosen], 1.0, "decord")
+    try:
+        frames, share = _pyav_frames(path, video, chosen, geometry)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise ClipError("truncated", f"the picture can't be decoded: {error}") from None
     return Picture(frames, video.pts_s[chosen], share, "pyav")
+
+
+def _suits_decord(video: VideoProbe) -> bool:
+    return (
+        video.exact_seek
+        and video.seek_s is None
+        and video.hidden_frames == 0
+        and video.rotation == 0
+        and not video.mirrored
+        and (video.matrix_tagged or video.height <= SD_HEIGHT)
+    )
 
 
 def fit_geometry(video: VideoProbe, settings: DecodeSettings) -> Geometry:
@@ -105,7 +129,8 @@ def fit_geometry(video: VideoProbe, settings: DecodeSettings) -> Geometry:
     scaled_height = max(1, round(shown_height * scale))
     if turned:
         scaled_width, scaled_height = scaled_height, scaled_width
-    return Geometry(scaled_width, scaled_height, video.rotation // 90, height, width)
+    turns = video.rotation // 90
+    return Geometry(scaled_width, scaled_height, video.mirrored, turns, height, width)
 
 
 def place(frames: np.ndarray, geometry: Geometry) -> np.ndarray:
@@ -124,67 +149,152 @@ def place(frames: np.ndarray, geometry: Geometry) -> np.ndarray:
 def _decord_frames(
     path: Path, video: VideoProbe, chosen: np.ndarray, geometry: Geometry
 ) -> np.ndarray | None:
-    """Decode by index; None where decord fails or its clock differs from the demuxed one."""
+    """Decode by index; None where decord fails, or what it does can't be trusted."""
+    unique, places = np.unique(chosen, return_inverse=True)
     try:
-        reader = decord.VideoReader(
-            str(path), width=geometry.scaled_width, height=geometry.scaled_height, num_threads=1
-        )
-        if len(reader) != len(video.pts_s):
-            return None
-        shown_s = reader.get_frame_timestamp(range(len(reader)))[:, 0]
-        difference = (shown_s - shown_s[0]) - (video.pts_s - video.pts_s[0])
-        if np.abs(difference).max() > CLOCK_TOLERANCE_S:
-            return None
-        unique, places = np.unique(chosen, return_inverse=True)
-        frames = reader.get_batch(unique.tolist()).asnumpy()
-        return frames if len(unique) == len(chosen) else frames[places]
+        with FFmpegErrors() as errors:
+            reader = decord.VideoReader(
+                str(path), width=geometry.scaled_width, height=geometry.scaled_height, num_threads=1
+            )
+            if not _same_clock(reader, video.pts_s):
+                return None
+            frames = reader.get_batch(unique.tolist()).asnumpy()
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         log.debug("decord fails on %s, PyAV decodes it: %s", path, error)
         return None
+    if errors.found:
+        return None
+    frames = place(frames, geometry)
+    return frames if len(unique) == len(chosen) else frames[places]
+
+
+def _same_clock(reader: Any, pts_s: np.ndarray) -> bool:
+    """Whether decord's table of frames is the demuxed one."""
+    if len(reader) != len(pts_s):
+        return False
+    shown_s = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+    difference = (shown_s - shown_s[0]) - (pts_s - pts_s[0])
+    return bool(np.abs(difference).max() <= CLOCK_TOLERANCE_S)
+
+
+class FFmpegErrors:
+    """Whether the FFmpeg inside decord complains meanwhile: decord itself conceals all damage.
+
+    FFmpeg writes to the process's stderr; other lines that come there are passed on.
+
+    Attributes:
+        found: whether it did; set at the end.
+    """
+
+    def __enter__(self) -> FFmpegErrors:
+        self.found = False
+        self._file = tempfile.TemporaryFile()
+        self._stderr = os.dup(2)
+        os.dup2(self._file.fileno(), 2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.dup2(self._stderr, 2)
+        os.close(self._stderr)
+        self._file.seek(0)
+        for line in self._file.read().splitlines(keepends=True):
+            if FFMPEG_LINE.match(line):
+                self.found = True
+            else:
+                os.write(2, line)
+        self._file.close()
 
 
 def _pyav_frames(
     path: Path, video: VideoProbe, chosen: np.ndarray, geometry: Geometry
 ) -> tuple[np.ndarray, float]:
-    """Decode up to the last chosen frame; return the frames and the share that was decoded."""
-    wanted = np.unique(chosen)
-    kept: dict[int, np.ndarray] = {}
-    size = {"width": geometry.scaled_width, "height": geometry.scaled_height}
-    for index, frame in _decoded_frames(path, video, wanted):
-        picture = frame.reformat(**size, format="rgb24", threads=1).to_ndarray()
-        kept[index] = place(np.rot90(picture, k=geometry.quarter_turns), geometry)
-    if not kept:
+    """Decode up to the last chosen frame; return the frames and the share that is undamaged.
+
+    A frame that can't be decoded is replaced by the one before it.
+    """
+    wanted, places = np.unique(chosen, return_inverse=True)
+    frames = np.zeros((len(wanted), geometry.height, geometry.width, 3), dtype=np.uint8)
+    decoded, whole = np.zeros(len(wanted), dtype=bool), np.zeros(len(wanted), dtype=bool)
+    scaler = VideoReformatter()
+    for index, frame, damaged in _decoded_frames(path, video, wanted):
+        at = int(np.searchsorted(wanted, index))
+        frames[at] = place(_upright(_scaled(scaler, frame, video, geometry), geometry), geometry)
+        decoded[at], whole[at] = True, not damaged
+    if not whole.any():
         raise ClipError("truncated", f"none of {len(wanted)} frames can be decoded")
-    there = np.array(sorted(kept))
-    places = np.maximum(np.searchsorted(there, chosen, side="right") - 1, 0)
-    frames = np.stack([kept[int(there[place])] for place in places])
-    return frames, len(kept) / len(wanted)
+    nearest = np.maximum.accumulate(np.where(decoded, np.arange(len(wanted)), 0))
+    nearest[: int(np.argmax(decoded))] = np.argmax(decoded)
+    if not decoded.all():
+        frames = frames[nearest]
+    return (frames if len(wanted) == len(chosen) else frames[places]), float(whole.mean())
+
+
+def _scaled(
+    scaler: VideoReformatter, frame: av.VideoFrame, video: VideoProbe, geometry: Geometry
+) -> np.ndarray:
+    """Return a frame as RGB, uint8 [scaled_height, scaled_width, 3]."""
+    untagged = frame.colorspace == UNSPECIFIED_MATRIX
+    return scaler.reformat(
+        frame,
+        geometry.scaled_width,
+        geometry.scaled_height,
+        "rgb24",
+        src_colorspace=("ITU709" if video.height > SD_HEIGHT else "ITU601") if untagged else None,
+        interpolation=Interpolation.BICUBIC,
+        threads=1,
+    ).to_ndarray()
+
+
+def _upright(picture: np.ndarray, geometry: Geometry) -> np.ndarray:
+    if geometry.mirrored:
+        picture = picture[:, ::-1]
+    return np.rot90(picture, k=geometry.quarter_turns) if geometry.quarter_turns else picture
 
 
 def _decoded_frames(
     path: Path, video: VideoProbe, wanted: np.ndarray
-) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Yield (index, frame) for the wanted indices, seeking past what comes before them.
+) -> Iterator[tuple[int, av.VideoFrame, bool]]:
+    """Yield (index, frame, damaged) for the wanted indices, seeking past what comes before.
 
     The seek goes a second further back: some demuxers compare decoding times, which are earlier.
+    Frames that no other frame refers to and that no one wants are not decoded: a quarter of the
+    time. What follows a damaged frame refers to it, up to the next keyframe.
     """
+    wanted_s = set(video.pts_s[wanted].tolist())
     with open_media(path) as container:
         stream: Any = container.streams.best("video")
         stream.thread_count = 1
-        if video.exact_seek and wanted[0] > 0:
-            target = Fraction(float(video.pts_s[wanted[0]]) - 1.0) / stream.time_base
-            container.seek(int(target), stream=stream)
-        for packet in container.demux(stream):
+        seek_s = -math.inf if video.seek_s is None else video.seek_s
+        if video.seek_s is None and video.exact_seek and wanted[0] > 0:
+            seek_s = float(video.pts_s[wanted[0]]) - 1.0
+        tick_s, order, tainted = float(stream.time_base), 0, False
+        if seek_s > -math.inf:
+            container.seek(int(seek_s / tick_s), stream=stream)
+        for packet in packets_of(container, stream):
+            if packet.pts is not None and not video.in_order:
+                needed = packet.pts * tick_s in wanted_s
+                stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
             try:
                 frames = packet.decode()
             except av.FFmpegError:
-                continue  # a damaged packet: the frames it should have given are counted above
+                tainted, order = True, order + 1
+                continue
             for frame in frames:
-                if frame.pts is None:
-                    continue
-                pts_s = float(frame.pts * stream.time_base)
-                index = int(np.searchsorted(video.pts_s, pts_s - CLOCK_TOLERANCE_S))
+                index = order if video.in_order else _index(video.pts_s, frame, tick_s)
                 if index > wanted[-1]:
                     return
+                order += 1
+                tainted = tainted and not frame.key_frame
                 if index in wanted:
-                    yield index, frame
+                    yield index, frame, tainted or frame.is_corrupt
+                tainted = tainted or (frame.is_corrupt and frame.pict_type != PictureType.B)
+
+
+def _index(pts_s: np.ndarray, frame: av.VideoFrame, tick_s: float) -> int:
+    """Return a frame's place in the demuxed table, -1 where it has none."""
+    if frame.pts is None:
+        return -1
+    index = int(np.searchsorted(pts_s, frame.pts * tick_s - CLOCK_TOLERANCE_S))
+    if index < len(pts_s) and pts_s[index] - frame.pts * tick_s > CLOCK_TOLERANCE_S:
+        return -1
+    return index

@@ -11,7 +11,7 @@ import av
 import numpy as np
 
 from pipeline.audio import resample
-from pipeline.demux import AudioProbe, open_media
+from pipeline.demux import AudioProbe, open_media, packets_of
 from pipeline.media import ClipError
 
 # Encoders put up to this much in front of the sound (AAC: 2,112 samples) for decoders to drop.
@@ -53,6 +53,8 @@ def decode_sound(
     Raises:
         ClipError: ``truncated``: not one sample can be decoded.
     """
+    if audio.encrypted:
+        raise ClipError("truncated", "the sound is encrypted (DRM), expected an unprotected file")
     rate_hz = audio.sample_rate
     native = np.zeros((channels, round(duration_s * rate_hz)), dtype=np.float32)
     filled, begins_s = 0, audio.start_s + MAX_PRIMING_S
@@ -100,7 +102,7 @@ def _decoded(
         stream.thread_count = 1
         if from_s > audio.start_s + RUN_UP_S:
             container.seek(int(Fraction(from_s - RUN_UP_S) / stream.time_base), stream=stream)
-        for packet in container.demux(stream):
+        for packet in packets_of(container, stream):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
