@@ -58,7 +58,7 @@ def make_plan(source: Source, config: EncodeConfig) -> tuple[fmt.Plan, list[Clip
     plan = fmt.Plan(
         plan_id=fmt.fingerprint(identity),
         seed=config.seed,
-        source={"kind": source.kind, "root": str(source.root.resolve())},
+        source={"kind": source.kind, "root": source.root},
         clips=(fmt.PlanSegment(0, len(clips), config.shard_size),),
         captions=(fmt.PlanSegment(0, len(unique_captions(clips)), config.shard_size),),
     )

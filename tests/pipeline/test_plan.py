@@ -30,7 +30,7 @@ def source_of(root, num_clips=10, captions=3):
         Clip(f"clip{i:03d}", f"clip{i:03d}.mp4", 0.0, 10.0, f"caption {i % captions}", "thing")
         for i in range(num_clips)
     ]
-    return Source("folder", root, clips)
+    return Source("folder", str(root), clips)
 
 
 def changed(source, **fields):

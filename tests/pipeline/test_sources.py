@@ -22,7 +22,7 @@ def put(root, *names, content="x"):
 
 
 def listed(root, **config):
-    return open_source(root, EncodeConfig(**config))
+    return open_source(str(root), EncodeConfig(**config))
 
 
 def uris(source):
@@ -39,7 +39,7 @@ def test_folder_is_searched_to_the_bottom_for_media_of_any_case(tmp_path):
     source = listed(tmp_path)
     assert uris(source) == sorted([*names, "UPPER.MP4", "Mixed.MkV"])
     assert source.num_skipped == 4 and source.kind == "folder"
-    assert all((source.root / clip.uri).is_file() for clip in source.clips)
+    assert all(Path(source.root, clip.uri).is_file() for clip in source.clips)
 
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
@@ -210,7 +210,7 @@ GOOD = "-26aVYRtEAc,30,female singing,train\n"
 def test_real_vggsound_sample_is_listed(shared_clips):
     source = listed(shared_clips / "vggsound")
     assert source.kind == "vggsound" and len(source.clips) == 17 and source.num_skipped == 0
-    assert all((source.root / clip.uri).is_file() for clip in source.clips)
+    assert all(Path(source.root, clip.uri).is_file() for clip in source.clips)
     clips = {clip.key: clip for clip in source.clips}
     assert clips["-Qowmc0P9ic_000034"].label == "playing bass drum"
     assert clips["-Qowmc0P9ic_000034"].split == "test"
@@ -241,7 +241,7 @@ def test_media_may_be_elsewhere_and_in_folders(tmp_path):
     put(tmp_path / "media", "part0/-26aVYRtEAc_000030.MP4", "part0/other.mp4")
     source = listed(tmp_path / "lists", media=str(tmp_path / "media"))
     assert uris(source) == ["part0/-26aVYRtEAc_000030.MP4"] and source.num_skipped == 1
-    assert source.root == tmp_path / "media"
+    assert source.root == str(tmp_path / "media")
     with pytest.raises(ConfigError, match="nowhere"):
         listed(tmp_path / "lists", media=str(tmp_path / "nowhere"))
 
