@@ -56,6 +56,7 @@ class DecodeSettings:
         fps: frame k is the one being presented at second k / fps.
         sizes: (height, width) in pixels to choose from: the one of the nearest aspect ratio.
         fit: "crop" fills the size and cuts what is over; "pad" shows all, black around it.
+        decoder: "pyav", or "decord" where its frames can be trusted.
         sample_rate: PCM rate in Hz.
         channels: 1 averages all channels; 2 keeps stereo and doubles mono.
     """
@@ -63,6 +64,7 @@ class DecodeSettings:
     fps: float
     sizes: tuple[tuple[int, int], ...]
     fit: str
+    decoder: str
     sample_rate: int
     channels: int
 

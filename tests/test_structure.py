@@ -20,8 +20,11 @@ SOURCES = sorted(
 IMPORTERS = {
     "ray": {"pipeline/cells.py"},
     "deepspeed": {"train/engine.py"},
-    "decord": {"pipeline/picture.py"},
-    "av": {f"pipeline/{name}.py" for name in ("demux", "picture", "sound", "mux")},
+    "decord": {"pipeline/decord_picture.py", "tools/bench_decode.py"},
+    "av": {
+        *(f"pipeline/{name}.py" for name in ("demux", "picture", "sound", "mux")),
+        "tools/bench_decode.py",
+    },
     "torchaudio": {"pipeline/audio.py"},
     "fsspec": {"pipeline/storage.py"},
 }
