@@ -31,7 +31,7 @@ IMPORTERS = {
 TRAIN_MAY_IMPORT = {"pipeline", "pipeline.files", "pipeline.format", "pipeline.settings"}
 SAMPLE_MAY_IMPORT = TRAIN_MAY_IMPORT | {"pipeline.codecs", "pipeline.gallery"}
 DEPENDENCIES = {
-    *("av", "decord", "deepspeed", "fsspec", "google_crc32c", "numpy", "PIL", "pyarrow"),
+    *("av", "decord", "deepspeed", "fsspec", "google_crc32c", "s3fs", "numpy", "PIL", "pyarrow"),
     *(
         "pydantic",
         "yaml",
