@@ -66,7 +66,9 @@ def read_sound(path: Path, sample_rate: int) -> np.ndarray:
     probed = probe(path)
     audio = probed.audio
     if audio is None:
-        raise ClipError("no_audio", f"{path} has no sound that can be decoded")
+        raise ClipError(
+            "no_audio", f"{path} has {probed.streams}, expected sound that can be decoded"
+        )
     duration_s = audio.end_s - probed.zero_s
     native, _ = decode_sound(path, audio, probed.zero_s, duration_s, channels=1)
     return _resampled(native, audio.sample_rate, sample_rate, duration_s)[0]
@@ -83,11 +85,13 @@ def _decode_video(
 ) -> np.ndarray | None:
     """Return the frames, uint8 [T, height, width, 3], and add what was found to ``facts``."""
     if probed.video is None:
-        raise ClipError("no_video", "the file has no picture that can be decoded")
+        raise ClipError(
+            "no_video", f"found {probed.streams}, expected a picture that can be decoded"
+        )
     facts["video_decoded_share"] = there_share
     count = int(facts["duration_s"] * settings.fps + LAST_FRAME_SLACK)
     if count == 0:
-        raise ClipError("too_short", _too_short(facts["duration_s"], clip, settings))
+        raise _no_frame(facts["duration_s"], there_share, clip, settings)
     if "video" not in wanted:
         return None
     picture = decode_picture(path, probed.video, probed.zero_s + clip.start_s, count, settings)
@@ -112,10 +116,10 @@ def _decode_audio(
     """Return the sound, float32 [channels, N], and add what was found to ``facts``."""
     audio, duration_s = probed.audio, facts["duration_s"]
     if audio is None:
-        raise ClipError("no_audio", "the file has no sound that can be decoded")
+        raise ClipError("no_audio", f"found {probed.streams}, expected sound that can be decoded")
     facts["audio_decoded_share"] = there_share
     if int(duration_s * settings.fps + LAST_FRAME_SLACK) == 0:
-        raise ClipError("too_short", _too_short(duration_s, clip, settings))
+        raise _no_frame(duration_s, there_share, clip, settings)
     if "audio" not in wanted:
         return None
     first_s = probed.zero_s + clip.start_s
@@ -132,10 +136,14 @@ def _resampled(native: np.ndarray, from_hz: int, to_hz: int, duration_s: float) 
     return np.pad(sound, ((0, 0), (0, count - sound.shape[1])))
 
 
-def _too_short(duration_s: float, clip: Clip, settings: DecodeSettings) -> str:
-    return (
-        f"{duration_s:.3f} s of picture and sound from second {clip.start_s:g} hold no frame "
-        f"at {settings.fps:g} fps"
+def _no_frame(
+    duration_s: float, there_share: float, clip: Clip, settings: DecodeSettings
+) -> ClipError:
+    status = "too_short" if there_share == 1.0 else "truncated"
+    return ClipError(
+        status,
+        f"found {duration_s:.3f} s of picture and sound from second {clip.start_s:g}, "
+        f"expected {1 / settings.fps:g} s at least: one frame at {settings.fps:g} fps",
     )
 
 

@@ -36,6 +36,9 @@ RUN_UPS_S = (1.0, 12.0, 60.0)
 TAIL_S = 10.0
 # One packet holds a frame, but for fields, and frames that are never shown.
 FIRST_PACKETS = 3
+OPEN_OPTIONS = {"protocol_whitelist": "file"}
+# A gap of more frames than this in a film of constant rate is a hole where nothing counts frames.
+HOLE_FRAMES = 2.5
 UNSPECIFIED_MATRIX = 2  # of AVColorSpace
 
 av.logging.set_level(None)
@@ -56,6 +59,7 @@ class VideoProbe:
         hidden_frames: frames needed for decoding only (an edit list cuts them off).
         exact_seek: whether decoding can start at every keyframe, and no earlier frame comes out.
         in_order: frames are known by their order of presentation, not by their timestamps.
+        shown_at_most_s: a frame that is presented for longer is followed by a hole in the file.
         seek_s: where to seek before decoding a part of a long file; -inf: nowhere; None: the
             whole file was read.
         encrypted: by a DRM scheme.
@@ -75,6 +79,7 @@ class VideoProbe:
     hidden_frames: int
     exact_seek: bool
     in_order: bool
+    shown_at_most_s: float
     seek_s: float | None
     encrypted: bool
 
@@ -100,12 +105,14 @@ class Probe:
     Attributes:
         zero_s: presentation time of the file's second 0.
         content_hash: of the packets of both streams that belong to the clip, "" without one.
+        streams: what the file holds, for messages.
     """
 
     video: VideoProbe | None
     audio: AudioProbe | None
     zero_s: float
     content_hash: str
+    streams: str
 
 
 class _Packet(NamedTuple):
@@ -152,15 +159,22 @@ class _Track:
             )
         )
 
-    def begin_like(self, head: _Track) -> None:
-        """Forget what a seek found before the first keyframe; no packets: the stream has ended."""
-        keyframes = [place for place, packet in enumerate(self.packets) if packet.keyframe]
-        self.packets = self.packets[keyframes[0] :] if keyframes else head.packets
-        self.first = head.first
+    def finish(self) -> None:
+        """Hide what can't be decoded: frames before the first keyframe, in the file or in time.
+
+        A recording that starts between keyframes, or with an open group, has such frames.
+        """
+        places = [place for place, packet in enumerate(self.packets) if packet.keyframe]
+        if not places or not self.is_video:
+            return
+        first_pts = self.packets[places[0]].pts
+        for place, packet in enumerate(self.packets):
+            if place < places[0] or packet.pts < first_pts:
+                self.packets[place] = packet._replace(hidden=True)
 
     @property
     def shown(self) -> list[_Packet]:
-        """The packets that no edit list cuts off; all where that would leave no sound."""
+        """The packets that are shown; all where that would leave no sound."""
         shown = [packet for packet in self.packets if not packet.hidden]
         return shown if shown or self.is_video else self.packets
 
@@ -184,11 +198,17 @@ class _Track:
     def end_s(self) -> float:
         """When what was read of the stream ends."""
         shown = self.shown
-        last = max(shown)
-        if last.duration <= 0 and len(shown) > 1:
-            pts = sorted(packet.pts for packet in shown)
-            return (pts[-1] + float(np.median(np.diff(pts)))) * self.tick_s
-        return max(packet.pts + packet.duration for packet in shown) * self.tick_s
+        if not self.is_video:
+            return max(packet.pts + packet.duration for packet in shown) * self.tick_s
+        last, duration = max((packet.pts, packet.duration) for packet in shown)
+        step = self.step  # some headers give every frame 1 ms
+        return (last + (duration if duration >= step / 2 else step)) * self.tick_s
+
+    @property
+    def step(self) -> float:
+        """The usual ticks from one shown frame to the next."""
+        pts = sorted(packet.pts for packet in self.shown)
+        return float(np.median(np.diff(pts))) if len(pts) > 1 else 0.0
 
     @property
     def read_to_s(self) -> float:
@@ -197,8 +217,11 @@ class _Track:
 
 
 def open_media(path: Path) -> Any:
-    """Open a file with PyAV; titles in another encoding than UTF-8 are none of our business."""
-    return av.open(str(path), metadata_errors="replace")
+    """Open a file with PyAV. Titles in another encoding than UTF-8 are none of our business.
+
+    A playlist that poses as a clip can't make FFmpeg open addresses.
+    """
+    return av.open(str(path), metadata_errors="replace", options=OPEN_OPTIONS)
 
 
 def packets_of(container: Any, *streams: Any) -> Iterator[av.Packet]:
@@ -222,7 +245,7 @@ def probe(path: Path, clip: Clip | None = None) -> Probe:
                 return probed
     with _opened(path) as (container, streams):
         tracks = _read(container, streams)
-        return _probed(tracks, _zero_s(tracks), clip, seek_s=None)
+        return _probed(container, tracks, _zero_s(tracks), clip, seek_s=None)
 
 
 def media_length(path: Path) -> float:
@@ -257,9 +280,11 @@ def _opened(path: Path) -> Iterator[tuple[Any, list[Any]]]:
             # A stream of a codec that this FFmpeg can't decode has no codec context.
             yield container, [stream for stream in best if stream and stream.codec_context]
     except FileNotFoundError:
-        raise ClipError("missing", f"no file {path.name}") from None
+        raise ClipError("missing", f"found no file {path.name}, expected a media file") from None
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise ClipError("unreadable", f"FFmpeg can't open it: {_reason(error)}") from None
+        raise ClipError(
+            "unreadable", f"FFmpeg can't open it: {_reason(error)}; expected a media file"
+        ) from None
 
 
 def _reason(error: Exception) -> str:
@@ -289,11 +314,13 @@ def _read(container: Any, streams: list[Any], to_s: float = math.inf) -> list[_T
     tracks = [_Track(stream) for stream in streams]
     by_index = {track.stream.index: track for track in tracks}
     for packet in packets_of(container, *streams) if streams else ():
-        by_index[packet.stream_index].add(packet)
+        by_index[packet.stream.index].add(packet)
         if to_s < math.inf:
             read_to_s = [track.read_to_s for track in tracks]
             if min(read_to_s) >= to_s or max(read_to_s) >= to_s + LONG_S:
                 break
+    for track in tracks:
+        track.finish()
     return tracks
 
 
@@ -314,29 +341,65 @@ def _probe_window(container: Any, streams: list[Any], clip: Clip) -> Probe | Non
     there = [track.stream for track in heads if track.usable]
     zero_s = _zero_s(heads)
     if near and there:
-        return _probed(heads, zero_s, clip, seek_s=-math.inf)
+        return _probed(container, heads, zero_s, clip, seek_s=-math.inf)
     for run_up_s in RUN_UPS_S if there else ():
         seek_s = zero_s + clip.start_s - run_up_s
         if not _seek(container, there[0], seek_s):
             return None
         tracks = _read(container, there, zero_s + clip.start_s + clip.duration_s + HEAD_S)
-        for track, head in zip(tracks, [head for head in heads if head.usable], strict=True):
-            track.begin_like(head)
+        usable_heads = [head for head in heads if head.usable]
+        for track, head in zip(tracks, usable_heads, strict=True):
+            track.first = head.first
+            if not track.usable:  # it has ended before
+                track.packets = head.packets
         if tracks[0].usable and tracks[0].start_s <= zero_s + clip.start_s:
-            return _probed(tracks, zero_s, clip, seek_s=seek_s)
+            return _probed(container, tracks, zero_s, clip, seek_s=seek_s)
     return None
 
 
-def _probed(tracks: list[_Track], zero_s: float, clip: Clip | None, seek_s: float | None) -> Probe:
+def _probed(
+    container: Any, tracks: list[_Track], zero_s: float, clip: Clip | None, seek_s: float | None
+) -> Probe:
     usable = {track.is_video: track for track in tracks if track.usable}
     if not usable:
-        raise ClipError("unreadable", "no stream of picture or sound that can be decoded")
+        message = f"found {_describe(container)}, expected picture or sound that can be decoded"
+        raise ClipError("unreadable", message)
+    missing_s = _missing_s(container, list(usable.values())) if seek_s is None else 0.0
     return Probe(
-        video=_video_probe(usable[True], seek_s) if True in usable else None,
-        audio=_audio_probe(usable[False], seek_s is None) if False in usable else None,
+        video=_video_probe(usable[True], seek_s, missing_s) if True in usable else None,
+        audio=_audio_probe(usable[False], seek_s, missing_s) if False in usable else None,
         zero_s=zero_s,
+        streams=_describe(container),
         content_hash=_content_hash(tracks, zero_s + clip.start_s, clip.duration_s) if clip else "",
     )
+
+
+def _describe(container: Any) -> str:
+    """Name the streams of a file: "video h264, audio of a codec that FFmpeg doesn't know"."""
+    names = [
+        f"{stream.type} {stream.codec_context.name}"
+        if stream.codec_context
+        else f"{stream.type} of a codec that FFmpeg can't decode"
+        for stream in container.streams
+    ]
+    return ", ".join(names) or "no stream"
+
+
+def _missing_s(container: Any, tracks: list[_Track]) -> float:
+    """Return how much earlier all streams end than a Matroska header says; it counts no frames."""
+    if "matroska" not in container.format.name or not container.duration:
+        return 0.0
+    return max(_header_s(container) - max(track.end_s for track in tracks), 0.0)
+
+
+def _shown_at_most_s(track: _Track, pts_s: np.ndarray) -> float:
+    """Return after which time a frame is overdue; inf: the rate varies, or frames are counted."""
+    steps_s = np.diff(pts_s)
+    if track.stream.frames or len(steps_s) < 10:
+        return math.inf
+    step_s = float(np.median(steps_s))
+    regular = np.abs(steps_s - step_s) <= max(0.1 * step_s, 0.0015)
+    return HOLE_FRAMES * step_s if regular.mean() >= 0.9 else math.inf
 
 
 def _content_hash(tracks: list[_Track], from_s: float, duration_s: float) -> str:
@@ -350,11 +413,11 @@ def _content_hash(tracks: list[_Track], from_s: float, duration_s: float) -> str
     return content.hexdigest()
 
 
-def _video_probe(track: _Track, seek_s: float | None) -> VideoProbe:
+def _video_probe(track: _Track, seek_s: float | None, missing_s: float) -> VideoProbe:
     stream, shown = track.stream, track.shown
     pts_s = np.array(sorted(packet.pts for packet in shown)) * track.tick_s
     length_s = track.end_s - track.start_s
-    declared_end_s = -math.inf
+    declared_end_s = track.end_s + missing_s
     if seek_s is not None:
         declared_end_s, length_s = _by_index(track)
     elif stream.frames and len(track.packets) > 1:
@@ -375,16 +438,17 @@ def _video_probe(track: _Track, seek_s: float | None) -> VideoProbe:
         hidden_frames=len(track.packets) - len(shown),
         exact_seek=_has_exact_seek(track),
         in_order=track.in_order,
+        shown_at_most_s=_shown_at_most_s(track, pts_s),
         seek_s=seek_s,
         encrypted=any(packet.encrypted for packet in track.packets),
     )
 
 
-def _audio_probe(track: _Track, whole: bool) -> AudioProbe:
+def _audio_probe(track: _Track, seek_s: float | None, missing_s: float) -> AudioProbe:
     stream, context = track.stream, track.stream.codec_context
     length_s = track.end_s - track.start_s
-    declared_end_s = -math.inf
-    if not whole:
+    declared_end_s = track.end_s + missing_s
+    if seek_s is not None:
         declared_end_s, length_s = _by_index(track)
     elif stream.frames and context.frame_size:  # counted in packets, priming and padding too
         declared_end_s = track.start_s + stream.frames / len(track.packets) * length_s

@@ -20,14 +20,14 @@ FLOOR_DBFS = -120.0
 PIECE_S = 0.1
 
 
-def picture_measures(frames: np.ndarray, fps: float) -> dict[str, float]:
-    """Return ``motion``, ``frozen_s`` and ``black_share`` of frames 1 / fps apart."""
-    sparse = frames[:, ::PIXEL_STEP, ::PIXEL_STEP]
-    steps = frame_steps(sparse)
+def picture_measures(frames: np.ndarray, fps: float) -> dict[str, float | None]:
+    """Return ``motion`` (None of a single frame), ``frozen_s`` and ``black_share``."""
+    pixels = frames[:, ::PIXEL_STEP, ::PIXEL_STEP].reshape(len(frames), -1)
+    steps = frame_steps(pixels)
     return {
-        "motion": float(steps.mean()) if len(steps) else 0.0,
+        "motion": float(steps.mean()) if len(steps) else None,
         "frozen_s": frozen_s(steps, fps),
-        "black_share": black_share(sparse),
+        "black_share": black_share(pixels),
     }
 
 
@@ -37,10 +37,15 @@ def sound_measures(sound: np.ndarray, rate_hz: int) -> dict[str, float]:
     return {"loudness_dbfs": loudness_dbfs(mono), "silent_share": silent_share(mono, rate_hz)}
 
 
-def frame_steps(frames: np.ndarray) -> np.ndarray:
-    """Return the mean absolute difference of successive frames, float64 [T - 1] in [0, 1]."""
-    pixels = frames.reshape(len(frames), -1).astype(np.int16)
-    return np.abs(np.diff(pixels, axis=0)).mean(axis=1) / 255
+def frame_steps(pixels: np.ndarray) -> np.ndarray:
+    """Return the mean absolute difference of successive frames, float64 [T - 1] in [0, 1].
+
+    Args:
+        pixels: uint8 [T, n]. All in uint8 but the sums: 0.4 ms, 5 ms by way of int16.
+    """
+    steps = np.maximum(pixels[1:], pixels[:-1])
+    steps -= np.minimum(pixels[1:], pixels[:-1])
+    return steps.sum(axis=1, dtype=np.uint32) / (255 * pixels.shape[1])
 
 
 def frozen_s(steps: np.ndarray, fps: float) -> float:
@@ -55,9 +60,11 @@ def frozen_s(steps: np.ndarray, fps: float) -> float:
     return longest / fps if longest > 1 else 0.0
 
 
-def black_share(frames: np.ndarray) -> float:
-    """Return the share of frames whose mean luma is that of black."""
-    luma = frames.mean(axis=(1, 2)) @ LUMA_WEIGHTS / 255
+def black_share(pixels: np.ndarray) -> float:
+    """Return the share of frames, uint8 [T, 3 n] RGB, whose mean luma is that of black."""
+    count = pixels.shape[1] // 3
+    weights = np.tile(LUMA_WEIGHTS / (255 * count), count)
+    luma = pixels.astype(np.float32) @ weights.astype(np.float32)
     return float((luma < BLACK_LUMA).mean())
 
 

@@ -68,7 +68,7 @@ def decode_sound(
             filled += high - low
     expected = native.shape[1] - max(0, round((begins_s - first_s) * rate_hz))
     if expected > 0 and filled == 0:
-        raise ClipError("truncated", f"none of {expected} samples can be decoded")
+        raise ClipError("truncated", f"found no sample that can be decoded, expected {expected}")
     return native, min(filled / expected, 1.0) if expected > 0 else 1.0
 
 
@@ -89,8 +89,12 @@ def _pieces(decoded: Iterator[_Piece]) -> Iterator[_Piece]:
 
 
 def _join(pieces: list[_Piece]) -> _Piece:
+    """Join pieces at the median of where their timestamps put the first sample: 0.5 ms at most."""
     samples = np.concatenate([piece.samples for piece in pieces], axis=1)
-    return _Piece(pieces[0].pts_s, pieces[0].rate_hz, samples)
+    ends = np.cumsum([piece.samples.shape[1] for piece in pieces])
+    starts_s = np.concatenate([[0], ends[:-1]]) / pieces[0].rate_hz
+    pts_s = np.median([piece.pts_s for piece in pieces] - starts_s)
+    return _Piece(float(pts_s), pieces[0].rate_hz, samples)
 
 
 def _decoded(
