@@ -146,7 +146,9 @@ def pack(root: Path, out: Path, names: dict[str, str | None], missing: str) -> d
             else:
                 written = write_tar(out, shard, joint.samples(shard))
                 packed = PackedShard(**settings, sources=sources, rows=rows, **written)
-                write_json(out / f"{fmt.shard_name(shard)}.json", asdict(packed))
+                path = out / f"{fmt.shard_name(shard)}.json"
+                with naming_a_full_disk(path):
+                    write_json(path, asdict(packed))
             bar.update(rows)
             counts["shards"] += 1
             counts["clips"] += packed.clips
