@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from tools.contenders import CONTENDERS, SAMPLE_RATE_HZ, SIZE, Task
+from tools.contenders import CONTENDERS, OURS, SAMPLE_RATE_HZ, SIZE, Task
 
 CLIPS = Path(__file__).resolve().parents[2] / "shared/clips/vggsound/video"
 DEFAULT_SOURCE = CLIPS / "0B4dYTMsgHA_000130.mp4"  # 1280 x 720, 30 fps
@@ -135,7 +135,7 @@ def _serve(connection: Connection, name: str, task: Task, peer_path: str | None)
         version, decode = CONTENDERS[name]()
         idle_mb = _memory_mb("VmRSS")
         frames, sound = decode(task)
-        check_work(frames, sound, task, MAX_PRIMING_S if name != "ours" else 0.0)
+        check_work(frames, sound, task, 0.0 if name.startswith(OURS) else MAX_PRIMING_S)
     except Exception as error:  # whatever a peer raises where it does not work
         connection.send({"problem": f"{type(error).__name__}: {error}".splitlines()[0]})
         return
@@ -179,7 +179,7 @@ def compare(results: list[Result]) -> None:
         result.cpu_s = statistics.median(result.turns_s)
         if abs(result.brightness - middle) > MAX_BRIGHTNESS_OFF:
             result.problem = f"its frames have mean {result.brightness:.1f}, others {middle:.1f}"
-    peers = [result for result in results if result.contender != "ours" and not result.problem]
+    peers = [each for each in results if not (each.contender.startswith(OURS) or each.problem)]
     fastest = min(peers, key=lambda peer: peer.cpu_s)
     for result in results:
         pairs = zip(result.turns_s, fastest.turns_s, strict=True)
@@ -189,14 +189,14 @@ def compare(results: list[Result]) -> None:
 def print_table(height: int, results: list[Result]) -> None:
     """Print what one clip costs each contender."""
     title = f"{height}p"
-    print(f"\n{title:10s}   CPU s  (min - max)      of fastest peer  peak MB  idle MB  samples")
+    print(f"\n{title:12s}   CPU s  (min - max)      of fastest peer  peak MB  idle MB  samples")
     for result in results:
         if result.problem:
-            print(f"{result.contender:10s}  not compared: {result.problem}")
+            print(f"{result.contender:12s}  not compared: {result.problem}")
             continue
         spread = f"({min(result.turns_s):.3f} - {max(result.turns_s):.3f})"
         print(
-            f"{result.contender:10s}{result.cpu_s:8.3f}  {spread:17s}"
+            f"{result.contender:12s}{result.cpu_s:8.3f}  {spread:17s}"
             f"{result.of_fastest_peer:17.2f}{result.peak_mb:9.0f}{result.idle_mb:9.0f}"
             f"{result.num_samples:9d}",
             flush=True,

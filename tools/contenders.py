@@ -1,4 +1,4 @@
-"""Five ways to decode one clip: ours and the decoders people know, doing the same work.
+"""Ways to decode one clip: ours and the decoders people know, doing the same work.
 
 H.264 and AAC to frames of 256 x 256 at 8 fps (short side scaled, inside the decoder where it can;
 centre cut out) and 16 kHz mono sound, with one FFmpeg thread. Every function imports what it needs
@@ -11,13 +11,15 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 FPS, SIZE, SAMPLE_RATE_HZ = 8, 256, 16000
+OURS = "ours"  # contenders of ours start so
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,14 @@ class Task:
 Decode = Callable[[Task], tuple[np.ndarray, np.ndarray]]
 
 
-def ours() -> tuple[str, Decode]:
+def ours(decoder: str) -> tuple[str, Decode]:
     """``pipeline.decode`` with facts and checks, as a decoder process runs it."""
-    import torch
-
     from pipeline.checks import judge
     from pipeline.config import DECODER_VERSION, CheckSettings, EncodeConfig, decode_settings
     from pipeline.decode import decode_clip
     from pipeline.media import Clip
 
-    torch.set_num_threads(1)
-    settings = decode_settings(EncodeConfig())  # the defaults are the task
+    settings = replace(decode_settings(EncodeConfig()), decoder=decoder)  # defaults are the task
 
     def decode(task: Task) -> tuple[np.ndarray, np.ndarray]:
         clip = Clip("bench", task.path, 0.0, task.seconds)
@@ -56,6 +55,8 @@ def ours() -> tuple[str, Decode]:
         judged = judge(found, CheckSettings())
         if judged.frames is None or judged.sound is None:
             raise ValueError(f"no frames or no sound: {judged.problems}")
+        if judged.facts["decoder"] != decoder:
+            raise ValueError(f"decoded by {judged.facts['decoder']}, expected {decoder}")
         return judged.frames, judged.sound[0]
 
     return f"decoder {DECODER_VERSION}", decode
@@ -100,11 +101,8 @@ def plain_pyav() -> tuple[str, Decode]:
 
 def torchcodec() -> tuple[str, Decode]:
     """Its decoders of video and audio, exact seeking by default, scaled and cut inside."""
-    import torch
     import torchcodec  # pyright: ignore[reportMissingImports]
     from torchcodec import decoders, transforms  # pyright: ignore[reportMissingImports]
-
-    torch.set_num_threads(1)
 
     def decode(task: Task) -> tuple[np.ndarray, np.ndarray]:
         shape = [transforms.Resize(task.scaled[::-1]), transforms.CenterCrop((SIZE, SIZE))]
@@ -140,7 +138,8 @@ def ffmpeg_program() -> tuple[str, Decode]:
 
 
 CONTENDERS: dict[str, Callable[[], tuple[str, Decode]]] = {
-    "ours": ours,
+    OURS: partial(ours, "pyav"),
+    "ours/decord": partial(ours, "decord"),
     "decord": plain_decord,
     "PyAV": plain_pyav,
     "torchcodec": torchcodec,
