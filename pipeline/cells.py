@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -25,6 +24,7 @@ from pipeline.encoder import Job, ShardEncoder, ShardTask, ShardUpdate
 from pipeline.format import FormatError
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 from pipeline.shards import NoRoomError
+from pipeline.storage import MediaStore
 
 START_TIMEOUT_S = 120.0
 HEARTBEAT_S = 5.0
@@ -41,18 +41,18 @@ class CellError(Exception):
 class DecoderActor:
     """One process that decodes one clip at a time; killed from outside when it hangs."""
 
-    def __init__(self) -> None:
+    def __init__(self, media: MediaStore, settings: DecodeSettings) -> None:
         from pipeline.decode import decode_clip  # slow to load: a part of the start, not of a clip
 
-        self._decode_clip = decode_clip
+        self._decode_clip, self._media, self._settings = decode_clip, media, settings
 
-    def decode(self, root: str, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
+    def decode(self, clip: Clip, wanted: set[str]) -> Decoded:
         """Decode one clip; whatever is wrong with it is in the result."""
         try:
-            return self._decode_clip(Path(root) / clip.uri, clip, settings, wanted)
+            with self._media.local(clip.uri) as path:
+                return self._decode_clip(path, clip, self._settings, wanted)
         except ClipError as error:
-            problem = (error.status, error.message)
-            return Decoded(None, None, {"video": problem, "audio": problem})
+            return _failed(error.status, error.message)
 
 
 @dataclass
@@ -60,10 +60,12 @@ class _Lane:
     """A decoder and the clips queued on it, oldest first; its deadline is the oldest's.
 
     ``starting`` resolves when the process has loaded its libraries, and is None from then on.
+    ``clips_left`` more clips may be queued before the process is replaced.
     """
 
     actor: Any
     starting: Any | None
+    clips_left: int
     queue: deque[tuple[int, Any]] = field(default_factory=deque)
     head_since: float = 0.0
 
@@ -84,8 +86,9 @@ class DecoderPool:
         strategy = PlacementGroupSchedulingStrategy(
             self._group, placement_group_bundle_index=1 + number
         )
-        actor: Any = DecoderActor.options(scheduling_strategy=strategy).remote()
-        return _Lane(actor, actor.__ray_ready__.remote())
+        placed = DecoderActor.options(scheduling_strategy=strategy)
+        actor: Any = placed.remote(self._job.media_store(), self._job.decode)
+        return _Lane(actor, actor.__ray_ready__.remote(), self._job.clips_per_decoder)
 
     def decode(
         self, clips: list[Clip], rows: list[int], wanted: set[str]
@@ -107,6 +110,7 @@ class DecoderPool:
                 for row, decoded in self._collect(number, lane, set(ready), waiting, failures):
                     came = True
                     yield row, decoded
+                self._recycle(number)
             if not came:
                 yield None
 
@@ -120,7 +124,8 @@ class DecoderPool:
         """
 
         def load(lane: _Lane) -> int:
-            return self._depth if lane.queue and lane.queue[0][0] in failures else len(lane.queue)
+            alone = lane.queue and lane.queue[0][0] in failures
+            return self._depth if alone or lane.clips_left == 0 else len(lane.queue)
 
         queued = [row for lane in self._lanes for row, _ in lane.queue]
         end = min([*queued, *waiting], default=0) + self._job.window_clips
@@ -131,8 +136,8 @@ class DecoderPool:
             row = waiting.popleft()
             if not lane.queue:
                 lane.head_since = time.monotonic()
-            arguments = (self._job.source_root, clips[row], self._job.decode, wanted)
-            lane.queue.append((row, lane.actor.decode.remote(*arguments)))
+            lane.clips_left -= 1
+            lane.queue.append((row, lane.actor.decode.remote(clips[row], wanted)))
 
     def _collect(
         self,
@@ -167,6 +172,16 @@ class DecoderPool:
             ray.kill(lane.actor)
             status = ("decode_timeout", f"not decoded in {limit_s:g} s")
             yield from self._replace(number, lane, status, waiting, failures)
+
+    def _recycle(self, number: int) -> None:
+        """Start a new decoder for one that has done its share and has nothing queued.
+
+        What native libraries leak goes with the process; the other decoders work on meanwhile.
+        """
+        lane = self._lanes[number]
+        if lane.clips_left == 0 and not lane.queue:
+            ray.kill(lane.actor)
+            self._lanes[number] = self._start(number)
 
     def _replace(
         self,

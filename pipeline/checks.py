@@ -1,13 +1,22 @@
-"""What is known of every clip after decoding: facts, one parquet per shard, and its status."""
+"""What is known of every clip after decoding: facts, one parquet per shard, and its verdicts.
+
+Facts do not depend on codecs, on the sample rate or on the columns of a run: a second column of
+the same plan reuses them, and comes to the same verdicts though it decodes one modality only.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline import format as fmt
+from pipeline.config import DECODER_VERSION, CheckSettings, EncodeConfig
 from pipeline.media import Clip, Decoded
 from pipeline.shards import naming_a_full_disk
 from pipeline.tables import write_parquet
@@ -18,48 +27,187 @@ FACTS_SCHEMA = pa.schema(
         ("row", pa.int32()),
         ("status", pa.string()),
         ("message", pa.string()),
+        ("flags", pa.list_(pa.string())),
         ("duration_s", pa.float64()),
         ("video_codec", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
+        ("pixel_aspect", pa.float64()),
+        ("rotation", pa.int32()),
         ("fps", pa.float64()),
         ("video_s", pa.float64()),
+        ("num_frames", pa.int32()),
+        ("video_decoded_share", pa.float64()),
+        ("pts_hash", pa.string()),
+        ("decoder", pa.string()),
+        ("motion", pa.float64()),
+        ("frozen_s", pa.float64()),
+        ("black_share", pa.float64()),
         ("audio_codec", pa.string()),
         ("sample_rate", pa.int32()),
         ("channels", pa.int32()),
         ("audio_s", pa.float64()),
         ("audio_offset_s", pa.float64()),
-        ("decoder", pa.string()),
+        ("audio_decoded_share", pa.float64()),
+        ("loudness_dbfs", pa.float64()),
+        ("silent_share", pa.float64()),
+        ("content_hash", pa.string()),
     ]
 )
+MEASURES = FACTS_SCHEMA.names[5:]
 # Raise the version when a fact is added or measured in another way: the facts get a new folder.
-FACTS_VERSION = 1
+FACTS_VERSION = 2
+
+# Verdicts over clips that are whole: decisions, not failures. Encoding them again would decide
+# the same, and no number of them means that something is wrong with the run.
+DECISIONS = frozenset(("silent", "still", "low_fps", "duplicate"))
+BOTH = ("video", "audio")
+# Lengths and rates count as reached from here on: streams of "10 s" end some milliseconds early
+# as often as late, and the frames of a file of 8 fps come out as 7.99 a second.
+REACHED_SHARE = 0.98
 
 
-def facts_directory(plan_id: str) -> str:
-    """Return the name of the folder that holds the facts of a plan's clips."""
-    identity = {"version": FACTS_VERSION, "plan_id": plan_id, "columns": FACTS_SCHEMA.names}
-    return f"facts@probe-{fmt.fingerprint(identity)}"
+class Finding(NamedTuple):
+    """A check that a clip, or one modality of it, did not pass."""
+
+    check: str
+    modalities: tuple[str, ...]
+    message: str
+
+
+def judge(decoded: Decoded, checks: CheckSettings) -> Decoded:
+    """Turn facts into verdicts: a problem where the policy is "drop", else a flag.
+
+    The first of several counts: what the decoder could not do, then the checks in the order
+    truncated (each modality for itself), too_short, silent, still, low_fps (the whole clip).
+    """
+    problems, flags = dict(decoded.problems), set[str]()
+    for finding in _findings(decoded.facts, checks):
+        if getattr(checks, finding.check) == "flag":
+            flags.add(finding.check)
+            continue
+        for modality in finding.modalities:
+            problems.setdefault(modality, (finding.check, finding.message))
+    return Decoded(
+        frames=None if "video" in problems else decoded.frames,
+        sound=None if "audio" in problems else decoded.sound,
+        problems=problems,
+        facts={**decoded.facts, "flags": sorted(flags)},
+    )
+
+
+def _findings(facts: dict[str, Any], checks: CheckSettings) -> Iterator[Finding]:
+    """Yield what the facts fail, in the order of `judge`; a fact that is not there fails none."""
+
+    def known(name: str) -> float | None:
+        return facts.get(name)
+
+    for modality, what in (("video", "frames"), ("audio", "samples")):
+        share = known(f"{modality}_decoded_share")
+        if share is not None and share < checks.min_decoded_share:
+            yield Finding(
+                "truncated",
+                (modality,),
+                f"{share:.1%} of the {what} that its span should have can be decoded, expected "
+                f"at least {checks.min_decoded_share:.1%}: the file is cut off or damaged",
+            )
+    duration_s = known("duration_s")
+    if duration_s is not None and duration_s < REACHED_SHARE * checks.min_seconds:
+        message = f"{duration_s:.2f} s of picture and sound together, expected at least "
+        yield Finding("too_short", BOTH, f"{message}{checks.min_seconds:g} s")
+    silent_share = known("silent_share")
+    if silent_share is not None and silent_share > checks.max_silent_share:
+        message = f"{silent_share:.1%} of the sound is below -60 dBFS, expected at most "
+        yield Finding("silent", BOTH, f"{message}{checks.max_silent_share:.1%}")
+    motion = known("motion")
+    if motion is not None and motion < checks.min_motion:
+        message = f"frames differ by {motion:.2g} of white on average, expected at least "
+        yield Finding("still", BOTH, f"{message}{checks.min_motion:g}")
+    fps = known("fps")
+    if fps is not None and fps < REACHED_SHARE * checks.min_fps:
+        message = f"{fps:.3g} frames a second in the file, expected at least "
+        yield Finding("low_fps", BOTH, f"{message}{checks.min_fps:g}")
+
+
+def with_facts(decoded: Decoded, stored: dict[str, Any] | None) -> Decoded:
+    """Fill in the facts of an earlier run, which win over those measured now."""
+    measured = {name: value for name, value in (stored or {}).items() if name in MEASURES}
+    there = {name: value for name, value in measured.items() if value is not None}
+    return replace(decoded, facts={**decoded.facts, **there})
+
+
+def settled(stored: dict[str, Any], checks: CheckSettings) -> Decoded | None:
+    """Return the verdict over the whole clip that an earlier run's facts settle, or None.
+
+    Only where both streams are there: what the decoder says of one that is not comes first.
+    """
+    judged = judge(with_facts(Decoded(None, None), stored), checks)
+    statuses = {judged.problems.get(modality, ("ok", ""))[0] for modality in BOTH}
+    both_there = all(stored[f"{modality}_decoded_share"] for modality in BOTH)
+    same = stored["status"] != "ok" and statuses == {stored["status"]}
+    return judged if both_there and same else None
 
 
 def clip_status(problems: dict[str, tuple[str, str]]) -> tuple[str, str]:
     """Return (status, message) of a clip: that of its picture first, then of its sound."""
-    for modality in ("video", "audio"):
+    for modality in BOTH:
         if modality in problems:
             return problems[modality]
     return "ok", ""
 
 
+def facts_directory(plan_id: str, config: EncodeConfig) -> str:
+    """Return the name of the folder that holds the facts of a plan's clips.
+
+    It hashes what the facts depend on: the plan, how they are measured (motion: on the frames as
+    the codec sees them) and what is checked.
+    """
+    identity = {
+        "version": FACTS_VERSION,
+        "plan_id": plan_id,
+        "columns": FACTS_SCHEMA.names,
+        "decoder_version": DECODER_VERSION,
+        "decoder": config.video.decoder,
+        "fps": config.video.fps,
+        "sizes": config.video.sizes,
+        "fit": config.video.fit,
+        "checks": asdict(config.checks),
+    }
+    return f"facts@probe-{fmt.fingerprint(identity)}"
+
+
+def facts_path(folder: Path, shard: int) -> Path:
+    """Return the path of a shard's facts."""
+    return folder / f"{fmt.shard_name(shard)}.parquet"
+
+
 def facts_row(row: int, clip: Clip, decoded: Decoded) -> dict[str, Any]:
     """Return one row of the facts table."""
     status, message = clip_status(decoded.problems)
-    found = {name: decoded.facts.get(name) for name in FACTS_SCHEMA.names[4:]}
-    return {"key": clip.key, "row": row, "status": status, "message": message, **found}
+    found = {name: decoded.facts.get(name) for name in MEASURES}
+    verdict = {"status": status, "message": message, "flags": decoded.facts.get("flags", [])}
+    return {"key": clip.key, "row": row, **verdict, **found}
 
 
 def write_facts(folder: Path, shard: int, rows: list[dict[str, Any]]) -> None:
     """Write a shard's facts; a reader sees the whole file or none."""
     folder.mkdir(exist_ok=True)
-    path = folder / f"{fmt.shard_name(shard)}.parquet"
+    path = facts_path(folder, shard)
     with naming_a_full_disk(path):
         write_parquet(path, pa.Table.from_pylist(rows, FACTS_SCHEMA))
+
+
+def read_facts(folder: Path, shard: int) -> list[dict[str, Any]] | None:
+    """Return a shard's facts in row order, or None where there are none."""
+    path = facts_path(folder, shard)
+    return pq.read_table(path).to_pylist() if path.exists() else None
+
+
+def count_flags(folder: Path, shards: list[int]) -> Counter[str]:
+    """Count the flags of all clips with status ok in these shards' facts."""
+    counts: Counter[str] = Counter()
+    for shard in shards:
+        table = pq.read_table(facts_path(folder, shard), columns=["status", "flags"])
+        for status, flags in zip(*(column.to_pylist() for column in table), strict=True):
+            counts.update(flags if status == "ok" else ())
+    return counts

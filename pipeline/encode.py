@@ -20,29 +20,33 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline import format as fmt
-from pipeline.checks import facts_directory
+from pipeline.checks import DECISIONS, facts_directory, facts_path
 from pipeline.config import EncodeConfig, column_specs, decode_settings
+from pipeline.duplicates import settle_duplicates
 from pipeline.encoder import Job, ShardTask, caption_key
 from pipeline.files import write_json
 from pipeline.plan import ensure_plan, read_captions, read_clips
-from pipeline.report import RunReport, column_totals, print_table
+from pipeline.report import RunReport, column_totals, failures, print_table
 from pipeline.settings import ConfigError, dump, load
 from pipeline.shards import NoRoomError, create_column
-from pipeline.sources import open_source
+from pipeline.sources import Source, open_source
 from pipeline.tables import write_parquet
 
 # Too many failures end the run before the last shard only once this many clips were tried.
 MIN_CLIPS_FOR_STOP = 1000
+INTERRUPTED = 130  # as shells report it: 128 + SIGINT
 
 
 def main() -> None:
     """Parse the command line, encode, and turn expected errors into one line and exit 1."""
     arguments, config = parse(sys.argv[1:])
     try:
-        paths = Path(arguments.src), Path(arguments.out)
-        failure = encode(*paths, config, retry_failed=arguments.retry_failed)
+        failure = encode(arguments.src, Path(arguments.out), config, arguments.retry_failed)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; committed shards are safe. Go on with: {command_line()}")
+        print(
+            f"\nstopped; committed shards are safe. Go on with: {command_line()}", file=sys.stderr
+        )
+        sys.exit(INTERRUPTED)
     except (ConfigError, fmt.FormatError, NoRoomError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
@@ -60,13 +64,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
         epilog="settings and their defaults:\n\n" + dump(EncodeConfig()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--src", required=True, help="folder of media, or VGGSound csv or folder")
+    parser.add_argument(
+        "--src",
+        required=True,
+        help="folder of media, VGGSound's csv or its folder, table (.csv, .parquet or .jsonl) or "
+        "WebDataset tars; or a URL of one (s3://..., https://...)",
+    )
     parser.add_argument("--out", required=True, help="data set folder, made if absent")
     parser.add_argument("--config", type=Path, help="YAML file with settings")
     parser.add_argument("--columns", help="of video,audio,text (default: all)")
-    parser.add_argument("--media", help="VGGSound csv: folder of the media (default: beside it)")
     parser.add_argument(
-        "--retry-failed", action="store_true", help="encode shards that hold failed clips again"
+        "--media", help="csv and table: folder or URL of the media (default: where the table is)"
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="encode shards that hold failed clips again; silent, still, low_fps and duplicate "
+        "clips that a check dropped are no failures, here and in max_failed_share",
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, dotted names")
     arguments = parser.parse_args(argv)
@@ -81,11 +95,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
         sys.exit(f"error: {error}")
 
 
-def encode(src: Path, out: Path, config: EncodeConfig, retry_failed: bool = False) -> str | None:
+def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False) -> str | None:
     """Encode what of the plan is not committed yet.
 
     Args:
-        src: where the clips come from.
+        src: where the clips come from, a path or a URL.
         out: the data set's folder.
         config: settings.
         retry_failed: whether shards with failed clips count as not committed.
@@ -104,8 +118,9 @@ def encode(src: Path, out: Path, config: EncodeConfig, retry_failed: bool = Fals
     columns = {m: create_column(out, spec, plan.plan_id) for m, spec in specs.items()}
     if "text" in columns:
         write_captions(columns["text"], read_captions(out))
+    facts = out / facts_directory(plan.plan_id, config)
     if retry_failed:
-        reopen_failed(columns, out / facts_directory(plan.plan_id))
+        reopen_failed(columns, facts)
     work = list(open_tasks(plan, columns))
     num_clips = sum(rows for _, modalities, rows in work if modalities != ("text",))
     print(
@@ -115,23 +130,19 @@ def encode(src: Path, out: Path, config: EncodeConfig, retry_failed: bool = Fals
     )
     if work:
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
-        report = RunReport(out / "runs" / run_id, num_clips)
-        (report.folder / "config.yaml").write_text(dump(config))
-        job = make_job(out, source.root, plan, run_id, specs, config)
-        outcome = "complete"
-        try:
-            run(job, plan, work, config, report)
-        except BaseException as error:
-            outcome = f"stopped: {type(error).__name__}"
-            raise
-        finally:
-            report.close(outcome, plan)
+        with RunReport(out / "runs" / run_id, plan, num_clips) as report:
+            (report.folder / "config.yaml").write_text(dump(config))
+            run(make_job(out, source, plan, run_id, specs, config), plan, work, config, report)
+            settled = settle_duplicates(plan, columns, facts, config.checks)
+            report.settled = settled
+    else:
+        settled = settle_duplicates(plan, columns, facts, config.checks)
     for column in columns.values():
         write_statistics(column)
     rows = {m: plan.shard_rows(text=m == "text").tolist() for m in columns}
     totals = [column_totals(column, rows[m]) for m, column in columns.items()]
-    print_table(totals)
-    return too_many_failed(totals, config)
+    print_table(totals, settled.flagged)
+    return settled.complaint or too_many_failed(totals, config)
 
 
 def reopen_failed(columns: dict[str, fmt.Column], facts: Path) -> None:
@@ -139,12 +150,11 @@ def reopen_failed(columns: dict[str, fmt.Column], facts: Path) -> None:
     failed: set[int] = set()
     for column in columns.values():
         for shard in column.committed_shards():
-            record = column.committed(shard)
-            if record["ok"] < record["rows"]:
+            if set(column.committed(shard)["status_counts"]) - DECISIONS - {"ok"}:
                 failed.add(shard)
                 (column.path / f"{fmt.shard_name(shard)}.json").unlink()
     for shard in failed:
-        (facts / f"{fmt.shard_name(shard)}.parquet").unlink(missing_ok=True)
+        facts_path(facts, shard).unlink(missing_ok=True)
 
 
 def open_tasks(
@@ -164,24 +174,30 @@ def open_tasks(
 
 def make_job(
     out: Path,
-    source_root: Path,
+    source: Source,
     plan: fmt.Plan,
     run_id: str,
     specs: dict[str, fmt.ColumnSpec],
     config: EncodeConfig,
 ) -> Job:
     """Collect what the cell needs to know; paths are absolute, for processes with another cwd."""
-    video, audio, seconds = config.video, config.audio, config.clip.seconds
-    clip_bytes = 3 * video.size**2 * video.fps * seconds
-    clip_bytes += 4 * audio.sample_rate * audio.channels * seconds
+    seconds = max(clip.duration_s for clip in source.clips)
+    pixels = max(height * width for height, width in config.video.sizes)
+    clip_bytes = 3 * pixels * config.video.fps * seconds
+    clip_bytes += 4 * config.audio.sample_rate * config.audio.channels * seconds
     return Job(
         root=str(out.resolve()),
-        source_root=str(source_root.resolve()),
+        facts=facts_directory(plan.plan_id, config),
         plan_id=plan.plan_id,
         run_id=run_id,
         columns=specs,
+        media_root=source.root,
+        cache_dir=config.cache_dir,
+        cache_bytes=int(config.cache_gb * 1e9),
         decode=decode_settings(config),
+        checks=config.checks,
         decode_timeout_s=config.decode_timeout_s,
+        clips_per_decoder=config.clips_per_decoder,
         window_clips=max(2, math.floor(config.window_mb * 1e6 / clip_bytes)),
     )
 
@@ -254,8 +270,8 @@ def write_statistics(column: fmt.Column) -> None:
 def too_many_failed(totals: list[dict], config: EncodeConfig) -> str | None:
     """Return a complaint when a column lacks more clips than ``max_failed_share``."""
     for total in totals:
-        if total["rows"] and 1 - total["ok"] / total["rows"] > config.max_failed_share:
-            failed = total["rows"] - total["ok"]
+        failed = failures(total["statuses"]).total()
+        if failed > config.max_failed_share * total["rows"]:
             return (
                 f"{failed} of {total['rows']} rows of {total['column']} failed, more than "
                 f"max_failed_share={config.max_failed_share:g}; every cause is in "

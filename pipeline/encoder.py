@@ -1,7 +1,8 @@
 """One shard from decoded clips to committed columns: plain code that Ray only moves.
 
 Rows are written in plan order whatever the order they were decoded in, a bad clip becomes a
-tombstone, and all wanted columns of the shard are committed together after its facts.
+tombstone, and all wanted columns of the shard are committed together after its facts. Where an
+earlier run left facts, they decide the verdicts over whole clips and stay as they are.
 """
 
 from __future__ import annotations
@@ -11,16 +12,27 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline import format as fmt
-from pipeline.checks import clip_status, facts_directory, facts_row, write_facts
+from pipeline.checks import (
+    clip_status,
+    facts_row,
+    judge,
+    read_facts,
+    settled,
+    with_facts,
+    write_facts,
+)
 from pipeline.codecs import Codec, build_codec
+from pipeline.config import CheckSettings
 from pipeline.media import Clip, Decoded, DecodeSettings
 from pipeline.shards import ShardWriter, create_column
+from pipeline.storage import MediaStore
 
 DecodeAll = Callable[[list[Clip], list[int], set[str]], Iterator[tuple[int, Decoded] | None]]
 
@@ -31,20 +43,32 @@ class Job:
 
     Attributes:
         root: the data set's folder.
-        source_root: folder that clip uris are relative to.
+        facts: name of the folder of facts in it.
         run_id: names this run's attempts; no other run may have it.
         columns: by modality.
+        media_root: folder or URL that clip uris are relative to.
+        cache_dir, cache_bytes: of media that are not local, see ``pipeline.storage``.
+        clips_per_decoder: a decoder process is replaced after this many.
         window_clips: clips decoded or being decoded ahead of the encoder, at most.
     """
 
     root: str
-    source_root: str
+    facts: str
     plan_id: str
     run_id: str
     columns: dict[str, fmt.ColumnSpec]
+    media_root: str
+    cache_dir: str | None
+    cache_bytes: int
     decode: DecodeSettings
+    checks: CheckSettings
     decode_timeout_s: float
+    clips_per_decoder: int
     window_clips: int
+
+    def media_store(self) -> MediaStore:
+        """Open the media of the run's clips."""
+        return MediaStore(self.media_root, self.cache_dir, self.cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,7 @@ class ShardEncoder:
             modality: build_codec(spec.codec, spec.preprocessing)
             for modality, spec in job.columns.items()
         }
+        self._media = job.media_store()
 
     def encode(self, task: ShardTask, decode_all: DecodeAll) -> Iterator[ShardUpdate]:
         """Write and commit the task's columns.
@@ -141,42 +166,49 @@ class ShardEncoder:
     def _write_clips(
         self, task: ShardTask, writers: dict[str, ShardWriter], decode_all: DecodeAll
     ) -> Iterator[ShardUpdate]:
-        facts_folder = Path(self._job.root) / facts_directory(self._job.plan_id)
-        has_facts = (facts_folder / f"{fmt.shard_name(task.shard)}.parquet").exists()
+        facts_folder = Path(self._job.root) / self._job.facts
+        stored = read_facts(facts_folder, task.shard)
         # Facts are measured on both modalities, whatever columns this run writes.
-        wanted = set(writers) if has_facts else {"video", "audio"}
+        wanted = set(writers) if stored else {"video", "audio"}
         facts, early, next_row = [], dict[int, Decoded](), 0
-        for found in self._decoded(task, wanted, decode_all):
+        for found in self._decoded(task, stored, wanted, decode_all):
             if found is None:
                 yield ShardUpdate("alive", task.shard)
                 continue
             early[found[0]] = found[1]
             while next_row in early:
                 decoded, clip = early.pop(next_row), task.clips[next_row]
-                status, message = self._write_row(clip, decoded, writers)
-                facts.append(facts_row(next_row, clip, decoded))
+                decoded = with_facts(decoded, stored[next_row] if stored else None)
+                written = self._write_row(clip, judge(decoded, self._job.checks), writers)
+                facts.append(facts_row(next_row, clip, written))
                 next_row += 1
-                yield ShardUpdate("clip", task.shard, clip.key, status, message)
-        if not has_facts:
+                problems = {m: written.problems[m] for m in writers if m in written.problems}
+                yield ShardUpdate("clip", task.shard, clip.key, *clip_status(problems))
+        if not stored:
             write_facts(facts_folder, task.shard, facts)
 
     def _decoded(
-        self, task: ShardTask, wanted: set[str], decode_all: DecodeAll
+        self,
+        task: ShardTask,
+        stored: list[dict[str, Any]] | None,
+        wanted: set[str],
+        decode_all: DecodeAll,
     ) -> Iterator[tuple[int, Decoded] | None]:
-        """Decode the clips whose file is there; the others need no decoder."""
+        """Decode the clips, but not those whose file is not there or whose facts say enough."""
         there = []
         for row, clip in enumerate(task.clips):
-            if (Path(self._job.source_root) / clip.uri).is_file():
-                there.append(row)
-            else:
+            verdict = settled(stored[row], self._job.checks) if stored else None
+            if verdict:
+                yield row, verdict
+            elif self._media.is_missing(clip.uri):
                 problem = ("missing", f"no file {clip.uri}")
                 yield row, Decoded(None, None, {"video": problem, "audio": problem})
+            else:
+                there.append(row)
         yield from decode_all(task.clips, there, wanted)
 
-    def _write_row(
-        self, clip: Clip, decoded: Decoded, writers: dict[str, ShardWriter]
-    ) -> tuple[str, str]:
-        """Write one row of every column; return the clip's status and message."""
+    def _write_row(self, clip: Clip, decoded: Decoded, writers: dict[str, ShardWriter]) -> Decoded:
+        """Write one row of every column; return the clip with the problems of encoding it."""
         problems = dict(decoded.problems)
         media = {"video": decoded.frames, "audio": decoded.sound}
         for modality, writer in writers.items():
@@ -187,8 +219,7 @@ class ShardEncoder:
                     problems[modality] = problem
             code = fmt.STATUS_CODE[problems[modality][0]] if modality in problems else fmt.OK
             writer.add(clip.key, latent, code)
-        written = {modality: problems[modality] for modality in writers if modality in problems}
-        return clip_status(written)
+        return replace(decoded, problems=problems)
 
     def _encode_one(
         self, modality: str, item: np.ndarray | None

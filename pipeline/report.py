@@ -13,21 +13,29 @@ from typing import Any
 from tqdm import tqdm
 
 from pipeline import format as fmt
+from pipeline.checks import DECISIONS
+from pipeline.duplicates import Settled
 from pipeline.encoder import ShardUpdate
 from pipeline.files import write_json
 
 
 class RunReport:
-    """Follows one run; keeps events.jsonl and, at the end, summary.json in its folder.
+    """Follows one run; keeps events.jsonl and, on leaving the block, summary.json in its folder.
 
     Args:
         folder: ``runs/<run_id>``.
+        plan: what is encoded.
         num_clips: clips that this run has to do.
+
+    Attributes:
+        settled: what the facts of the whole data set say, once that is known.
     """
 
-    def __init__(self, folder: Path, num_clips: int) -> None:
+    def __init__(self, folder: Path, plan: fmt.Plan, num_clips: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.settled = Settled(Counter())
+        self._plan = plan
         self.statuses: Counter[str] = Counter()
         self._shard_statuses: Counter[str] = Counter()
         self._started = time.time()
@@ -42,18 +50,27 @@ class RunReport:
     @property
     def num_clips(self) -> int:
         """Clips done so far, in committed shards and the one under way."""
-        return sum(self.statuses.values()) + sum(self._shard_statuses.values())
+        return self.statuses.total() + self._shard_statuses.total()
 
     @property
     def failed_share(self) -> float:
-        """Share of those clips whose status is not ok."""
-        counts = self.statuses + self._shard_statuses
-        return 1 - counts["ok"] / max(1, sum(counts.values()))
+        """Share of those clips that could not be encoded."""
+        failed = failures(self.statuses + self._shard_statuses).total()
+        return failed / max(1, self.num_clips)
+
+    def __enter__(self) -> RunReport:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._bar.close()
+        self._events.close()
+        outcome = f"stopped: {kind.__name__}" if kind else "complete"
+        write_json(self.folder / "summary.json", self._summary(outcome))
 
     def update(self, news: ShardUpdate) -> None:
         """Take in one update of a shard."""
         if news.event == "started":
-            self._bar.update(-sum(self._shard_statuses.values()))
+            self._bar.update(-self._shard_statuses.total())
             self._shard_statuses.clear()
         elif news.event == "clip":
             self._shard_statuses[news.status] += 1
@@ -75,17 +92,16 @@ class RunReport:
         self._events.write(json.dumps(record) + "\n")
         self._events.flush()
 
-    def close(self, outcome: str, plan: fmt.Plan) -> None:
-        """Stop the bar and write summary.json."""
-        self._bar.close()
-        self._events.close()
+    def _summary(self, outcome: str) -> dict[str, Any]:
         seconds = time.time() - self._started
-        clips = sum(self.statuses.values())
-        summary = {
+        clips = self.statuses.total()
+        return {
             "outcome": outcome,
-            "plan_id": plan.plan_id,
+            "plan_id": self._plan.plan_id,
             "clips": clips,
             "statuses": dict(self.statuses),
+            "flagged": dict(self.settled.flagged),
+            "duplicates_dropped": self.settled.num_dropped,
             "columns": sorted(self._columns),
             "seconds": round(seconds, 3),
             "clips_per_s": round(clips / seconds, 3) if seconds > 0 else 0.0,
@@ -94,7 +110,11 @@ class RunReport:
             "host": platform.node(),
             "python": platform.python_version(),
         }
-        write_json(self.folder / "summary.json", summary)
+
+
+def failures(statuses: Counter[str]) -> Counter[str]:
+    """Return the counts of clips that could not be encoded: not ok, and not by a decision."""
+    return Counter({n: c for n, c in statuses.items() if n != "ok" and n not in DECISIONS})
 
 
 def column_totals(column: fmt.Column, rows_per_shard: list[int]) -> dict[str, Any]:
@@ -118,18 +138,25 @@ def column_totals(column: fmt.Column, rows_per_shard: list[int]) -> dict[str, An
     return totals
 
 
-def print_table(totals: list[dict[str, Any]]) -> None:
-    """Print the closing table: one line a column, then the failures by cause."""
+def print_table(totals: list[dict[str, Any]], flagged: Counter[str]) -> None:
+    """Print the closing table: one line a column, its tombstones by cause, then the flags."""
     width = max(len(total["column"]) for total in totals)
-    print(f"{'column':<{width}}  {'shards':>11}  {'ok':>9}  {'failed':>7}  {'MB':>9}")
+    heads = f"{'shards':>11}  {'ok':>9}  {'failed':>7}  {'dropped':>7}  {'MB':>9}"
+    print(f"{'column':<{width}}  {heads}")
     for total in totals:
         shards = f"{total['shards']}/{total['shards_planned']}"
-        failed = total["rows"] - total["ok"]
+        failed = failures(total["statuses"])
+        dropped = total["statuses"] - failed - Counter(ok=total["ok"])
         print(
-            f"{total['column']:<{width}}  {shards:>11}  {total['ok']:>9}  {failed:>7}  "
-            f"{total['bytes'] / 1e6:>9.1f}"
+            f"{total['column']:<{width}}  {shards:>11}  {total['ok']:>9}  {failed.total():>7}  "
+            f"{dropped.total():>7}  {total['bytes'] / 1e6:>9.1f}"
         )
-        causes = {name: n for name, n in total["statuses"].items() if name != "ok"}
-        if causes:
-            listed = ", ".join(f"{name} {n}" for name, n in sorted(causes.items()))
-            print(f"{'':<{width}}  failed: {listed}")
+        for what, counts in (("failed", failed), ("dropped", dropped)):
+            if counts:
+                print(f"{'':<{width}}  {what}: {_listed(counts)}")
+    if flagged:
+        print(f"flagged, but kept: {_listed(flagged)}")
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))

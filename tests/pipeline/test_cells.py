@@ -6,21 +6,22 @@ an actor that behaves as the clip's key says.
 
 import ctypes
 import os
-import signal
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline import cells
 from pipeline.cells import CellError, DecoderPool, local_cluster
+from pipeline.config import CheckSettings, EncodeConfig, decode_settings
 from pipeline.encoder import Job
-from pipeline.media import Clip, Decoded, DecodeSettings
+from pipeline.media import Clip, Decoded
 from pipeline.mux import write_mp4
 
 # By value: a worker that imported this module would import torch for nothing.
@@ -28,34 +29,39 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 NUM_DECODERS = 2
 TIMEOUT_S = 3.0
-SETTINGS = DecodeSettings(fps=8, size=64, sample_rate=16000, channels=1, min_seconds=1)
+SETTINGS = replace(decode_settings(EncodeConfig()), sizes=((64, 64),))
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
 class OddDecoder:
     """Does what the clip's key says, and notes every attempt in the source's folder."""
 
-    def decode(self, root, clip, settings, wanted):
+    def __init__(self, media, settings):
+        with media.local("anchor") as path:
+            self.root = path.parent
+
+    def decode(self, clip, wanted):
         behaviour, row = clip.key.split("-")
-        attempts = len(list(Path(root).glob(f"{row}.*")))
-        Path(root, f"{row}.{attempts}").touch()
+        attempts = len(list(self.root.glob(f"{row}.*")))
+        (self.root / f"{row}.{attempts}").touch()
         if behaviour == "hang" or (behaviour == "hangonce" and attempts == 0):
             ctypes.PyDLL(None).sleep(1000)  # in C and holding the GIL, like decord
         if behaviour == "crash" or (behaviour == "crashonce" and attempts == 0):
-            os.kill(os.getpid(), signal.SIGSEGV)
+            ctypes.string_at(0)  # a read through a null pointer: a true segmentation fault
         if behaviour == "raise":
             raise ZeroDivisionError("a bug")
-        return Decoded(np.full((2, 4, 4, 3), int(row), np.uint8), None, {}, {"attempts": attempts})
+        facts = {"attempts": attempts, "process": os.getpid()}
+        return Decoded(np.full((2, 4, 4, 3), int(row), np.uint8), None, {}, facts)
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
 class SlowToStart:
     """Takes longer to load its libraries than a clip may take."""
 
-    def __init__(self):
+    def __init__(self, media, settings):
         time.sleep(2 * TIMEOUT_S)
 
-    def decode(self, root, clip, settings, wanted):
+    def decode(self, clip, wanted):
         return Decoded(None, None)
 
 
@@ -63,10 +69,10 @@ class SlowToStart:
 class NeverStarts:
     """Has libraries that can't be loaded."""
 
-    def __init__(self):
+    def __init__(self, media, settings):
         raise ImportError("libavcodec.so.62 is missing")
 
-    def decode(self, root, clip, settings, wanted):
+    def decode(self, clip, wanted):
         return Decoded(None, None)
 
 
@@ -83,10 +89,25 @@ def group():
 def make_pool(group, tmp_path, monkeypatch):
     pools = []
 
-    def make(decoder=OddDecoder, window=8, timeout_s=TIMEOUT_S):
+    def make(decoder=OddDecoder, window=8, timeout_s=TIMEOUT_S, clips_per_decoder=1000):
         if decoder is not None:
             monkeypatch.setattr(cells, "DecoderActor", decoder)
-        job = Job("", str(tmp_path), "plan", "run", {}, SETTINGS, timeout_s, window)
+        (tmp_path / "anchor").touch()
+        job = Job(
+            root="",
+            facts="",
+            plan_id="plan",
+            run_id="run",
+            columns={},
+            media_root=str(tmp_path),
+            cache_dir=None,
+            cache_bytes=1_000_000,
+            decode=SETTINGS,
+            checks=CheckSettings(),
+            decode_timeout_s=timeout_s,
+            clips_per_decoder=clips_per_decoder,
+            window_clips=window,
+        )
         pools.append(DecoderPool(job, group, NUM_DECODERS))
         return pools[-1]
 
@@ -154,6 +175,33 @@ def test_clip_that_fails_once_is_decoded_the_second_time(make_pool):
     assert decoded[0].facts["attempts"] == decoded[2].facts["attempts"] == 1
 
 
+def test_decoder_is_replaced_after_its_share_of_clips(make_pool, tmp_path):
+    """No clip is lost, blamed or decoded twice for it, in one shard or over several."""
+    share, num_clips = 4, 12
+    pool = make_pool(clips_per_decoder=share)
+    processes = Counter()
+    for _ in range(2):
+        decoded = collect(pool, clips_of(*["fine"] * num_clips))
+        assert statuses(decoded) == {}
+        assert [decoded[row].facts["attempts"] for row in range(num_clips)] == [0] * num_clips
+        processes.update(result.facts["process"] for result in decoded.values())
+        for note in tmp_path.glob("[0-9]*"):
+            note.unlink()
+    assert max(processes.values()) == share
+    assert len(processes) == -(-2 * num_clips // share)
+    assert not any(psutil.pid_exists(pid) for pid in list(processes)[:-NUM_DECODERS])
+
+
+def test_decoder_is_replaced_while_others_hang_and_die(make_pool):
+    """The hanging clip's decoder is waited for; the other one works on and is recycled."""
+    clips = clips_of("hang", *["fine", "fine", "crash"] * 2, "fine")
+    decoded = collect(make_pool(clips_per_decoder=2, window=20), clips)
+    expected = dict.fromkeys((3, 6), "decode_crash") | {0: "decode_timeout"}
+    assert statuses(decoded) == expected
+    processes = {result.facts["process"] for result in decoded.values() if result.facts}
+    assert len(processes) >= 2
+
+
 def test_bug_in_the_decoder_is_a_status_and_kills_no_process(make_pool, tmp_path):
     decoded = collect(make_pool(), clips_of("fine", "raise", "fine"))
     assert statuses(decoded) == {1: "decode_crash"}
@@ -178,7 +226,7 @@ def test_nothing_is_decoded_further_ahead_than_the_window(make_pool, tmp_path):
         if news[0] == 0:
             break
         assert news[0] < window
-    started = {int(path.stem) for path in tmp_path.iterdir()}
+    started = {int(path.stem) for path in tmp_path.glob("[0-9]*")}
     assert max(started) < window
     assert silent > 0, "the caller must hear that the pool is alive"
 

@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 
 from pipeline.codecs import CODECS, build_codec, column_spec
 from pipeline.codecs.builtin import DctVideo, HashText, LogmelAudio, dct_matrix
-from pipeline.config import EncodeConfig, column_specs
+from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.decode import decode_clip, read_sound
 from pipeline.format import FormatError
-from pipeline.media import Clip, DecodeSettings
+from pipeline.media import Clip
 
-VIDEO = {"fps": 8.0, "size": 64}
+VIDEO = {"fps": 8.0, "sizes": [[64, 64]]}
 AUDIO = {"sample_rate": 16000}
 TEXT = {"max_words": 8}
 PREPROCESSING = {"dct": VIDEO, "logmel": AUDIO, "hash": TEXT}
 
 
-def smooth_film(frames=16, size=64):
+def smooth_film(frames=16, height=64, width=64):
     """Slow waves of light in changing tints, as in nature: colours vary less than brightness."""
-    time, rows, columns = np.ogrid[:frames, :size, :size]
+    time, rows, columns = np.ogrid[:frames, :height, :width]
     light = np.sin(rows / 9 + time / 9) + np.cos(columns / 7 - time / 8)
     tints = [0.1 * np.sin(rows / 20 + tint + 0 * light) for tint in range(3)]
     return (127.5 + 50 * np.stack([light + tint for tint in tints], axis=-1)).astype(np.uint8)
@@ -79,11 +79,20 @@ def test_dct_keeps_a_smooth_film(frames, channels, least_db):
 @pytest.mark.parametrize("settings", [{}, {"frames": 2, "channels": 32}])
 def test_dct_keeps_a_real_clip_through_half_precision(shared_clips, settings):
     path = shared_clips / "vggsound" / "video" / "3HgbEKrbA9s_000054.mp4"
-    decode = DecodeSettings(fps=8, size=256, sample_rate=16000, channels=1, min_seconds=1)
+    decode = decode_settings(EncodeConfig())
     frames = decode_clip(path, Clip("k", "", 0, 2.0), decode, {"video"}).frames
     codec = DctVideo({"fps": 8.0}, **settings)
     latent = only(codec.encode([frames])).astype(np.float16)
     assert psnr_db(only(codec.decode([latent])), frames) > 25
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 112), (112, 64), (8, 128)])
+def test_dct_keeps_the_shape_of_a_film_that_is_not_square(height, width):
+    codec = DctVideo(VIDEO, frames=2, channels=64)
+    film = smooth_film(16, height, width)
+    latent = only(codec.encode([film]))
+    assert latent.shape == (8, 64, height // 8, width // 8)
+    assert psnr_db(only(codec.decode([latent])), film) > 34
 
 
 @pytest.mark.parametrize("frames", [1, 2, 4])

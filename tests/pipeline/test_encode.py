@@ -16,6 +16,8 @@ import pytest
 import webdataset
 
 from pipeline import format as fmt
+from pipeline.mux import write_mp4
+from pipeline.plan import read_clips
 
 SETTINGS = ["shard_size=4", "video.size=64", "video.fps=16", "clip.seconds=2", "decoders=1"]
 RUN_TIMEOUT_S = 180
@@ -181,7 +183,7 @@ def test_ctrl_c_keeps_commits_and_says_how_to_go_on(clips, tmp_path):
     wait_for_commits(out, 1, process)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert "Go on with: python -m pipeline.encode --src" in errors
     assert "Traceback" not in errors
     committed = len(list(out.glob("video@*/0*.json")))
@@ -201,6 +203,140 @@ def test_a_second_audio_setting_adds_one_column_and_touches_nothing(dataset, cli
     assert len(added) == 1
     assert added.pop().startswith("audio@logmel-")
     assert len(fmt.column_directories(out, "audio")) == 2
+
+
+# -- verdicts: what is known of whole clips and of all clips together
+
+ALL_DROP = [f"checks.{check}=drop" for check in ("silent", "still", "low_fps", "duplicate")]
+ODD_SETTINGS = ["shard_size=2", "video.buckets=[[64,64],[48,80],[80,48]]", "clip.seconds=2"]
+ODD_SETTINGS += ["decoders=1", *ALL_DROP]
+VERDICTS = {
+    "copy": "duplicate",
+    "copy2": "duplicate",
+    "silent": "silent",
+    "slow": "low_fps",
+    "still": "still",
+    "tall": "ok",
+    "whole": "ok",
+    "wide": "ok",
+}
+
+
+@pytest.fixture(scope="module")
+def odd_clips(tmp_path_factory):
+    """Clips that are whole, but not what everyone wants; the shape of two is not square."""
+    folder = tmp_path_factory.mktemp("odd") / "clips"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (50, 8, 8, 3), dtype=np.uint8)
+    film = noise.repeat(12, axis=1).repeat(12, axis=2)  # 96 x 96
+    tone = 0.3 * np.sin(np.arange(32000) / 9)
+    write_mp4(folder / "whole.mp4", film, 25, tone, 16000)
+    write_mp4(folder / "wide.mp4", film[:, :56], 25, tone, 16000)
+    write_mp4(folder / "tall.mp4", film[:, :, :56], 25, tone, 16000)
+    write_mp4(folder / "still.mp4", film[:1].repeat(50, axis=0), 25, tone, 16000)
+    write_mp4(folder / "silent.mp4", film, 25, 0 * tone, 16000)
+    write_mp4(folder / "slow.mp4", film[:10], 5, tone, 16000)
+    for name in ("copy", "copy2"):
+        shutil.copy(folder / "whole.mp4", folder / f"{name}.mp4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def odd_dataset(odd_clips, tmp_path_factory):
+    out = tmp_path_factory.mktemp("odd-dataset") / "shards"
+    done = encode(odd_clips, out, settings=[*ODD_SETTINGS, "max_failed_share=0"])
+    assert done.returncode == 0, done.stderr
+    assert "dropped: duplicate 2, low_fps 1, silent 1, still 1" in done.stdout
+    return out
+
+
+def rows_of(out, modality, wanted=None):
+    """Return key -> (status, shape) of a column."""
+    plan = fmt.read_plan(out)
+    column = fmt.find_column(out, modality, wanted, plan.plan_id)
+    found = {}
+    for shard, rows in enumerate(plan.shard_rows().tolist()):
+        keys = [clip.key for clip in read_clips(out, shard)]
+        for key, record in zip(keys, column.index(shard, rows), strict=True):
+            found[key] = (fmt.STATUSES[record["status"]], tuple(record["shape"].tolist()))
+    return found
+
+
+def test_verdicts_are_tombstones_in_both_columns(odd_dataset):
+    for modality in ("video", "audio"):
+        statuses = {key: status for key, (status, _) in rows_of(odd_dataset, modality).items()}
+        # Which of three copies is the first depends on the plan's order.
+        copies = [statuses.pop(key) for key in ("whole", "copy", "copy2")]
+        assert sorted(copies) == ["duplicate", "duplicate", "ok"]
+        assert statuses == {key: VERDICTS[key] for key in statuses}
+    (summary,) = odd_dataset.glob("runs/*/summary.json")
+    assert json.loads(summary.read_text())["duplicates_dropped"] == 2
+
+
+def test_every_row_has_the_shape_of_its_bucket(odd_dataset):
+    shapes = {key: shape for key, (status, shape) in rows_of(odd_dataset, "video").items()}
+    assert shapes["wide"] == (16, 16, 6, 10) and shapes["tall"] == (16, 16, 10, 6)
+    square = [shapes[key] for key in ("whole", "copy", "copy2") if shapes[key][0]]
+    assert square == [(16, 16, 8, 8)]
+    for tar in odd_dataset.glob("video@*/*.tar"):
+        for sample in webdataset.WebDataset(
+            str(tar), shardshuffle=False, empty_check=False
+        ).decode():
+            assert sample["video.npy"].shape == shapes[sample["__key__"]]
+
+
+def test_another_codec_comes_to_the_same_verdicts(odd_clips, odd_dataset, tmp_path):
+    """Stillness can't be seen in the sound: it is in the facts of the first run."""
+    out = tmp_path / "shards"
+    shutil.copytree(odd_dataset, out)
+    before = all_files(out)
+    settings = [*ODD_SETTINGS, "audio.codec.channels=12"]
+    done = encode(odd_clips, out, "--columns", "audio", settings=settings)
+    assert done.returncode == 0, done.stderr
+    after = all_files(out)
+    assert {path: after[path] for path in before} == before
+    (new,) = set(fmt.column_directories(out, "audio")) - {path.split("/")[0] for path in before}
+    statuses = {key: status for key, (status, _) in rows_of(out, "audio", new).items()}
+    assert statuses == {key: status for key, (status, _) in rows_of(out, "video").items()}
+
+
+def test_decisions_are_not_retried_and_fail_no_run(odd_clips, odd_dataset):
+    before = all_files(odd_dataset)
+    settings = [*ODD_SETTINGS, "max_failed_share=0"]
+    done = encode(odd_clips, odd_dataset, "--retry-failed", settings=settings)
+    assert done.returncode == 0, done.stderr
+    assert "0 shards to encode" in done.stderr
+    assert all_files(odd_dataset) == before
+
+
+def test_lost_commits_come_back_to_the_same_bytes_though_copies_were_dropped(
+    odd_clips, odd_dataset, tmp_path
+):
+    """As after a kill at any time: some shards lack a commit, one its facts as well."""
+    out = tmp_path / "shards"
+    shutil.copytree(odd_dataset, out)
+    for record in [*out.glob("video@*/0*[02].json"), *out.glob("audio@*/0*[01].json")]:
+        record.unlink()
+    next(out.glob("facts@*/000000.parquet")).unlink()
+    next(out.glob("facts@*/duplicates.parquet")).unlink()
+    done = encode(odd_clips, out, settings=ODD_SETTINGS)
+    assert done.returncode == 0, done.stderr
+    assert payload_hashes(out) == payload_hashes(odd_dataset)
+    facts = [path for path in all_files(out) if path.startswith("facts@")]
+    assert facts == [path for path in all_files(odd_dataset) if path.startswith("facts@")]
+    for path in facts:
+        assert pq.read_table(out / path).equals(pq.read_table(odd_dataset / path)), path
+
+
+def test_flags_are_counted_and_cost_nothing(odd_clips, tmp_path):
+    out = tmp_path / "shards"
+    done = encode(odd_clips, out, settings=ODD_SETTINGS[: -len(ALL_DROP)])
+    assert done.returncode == 0, done.stderr
+    assert "flagged, but kept: duplicate 2, low_fps 1, silent 1, still 1" in done.stdout
+    assert {status for status, _ in rows_of(out, "video").values()} == {"ok"}
+    (summary,) = out.glob("runs/*/summary.json")
+    flagged = {"duplicate": 2, "low_fps": 1, "silent": 1, "still": 1}
+    assert json.loads(summary.read_text())["flagged"] == flagged
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(clips, tmp_path):

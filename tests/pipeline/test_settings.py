@@ -155,7 +155,7 @@ def leaves(values, prefix=""):
             yield prefix + name, value
 
 
-# Every codec, picture, sound and caption setting decides bytes; clip.min_seconds decides
+# Every codec, picture, sound and caption setting decides bytes; checks that drop clips decide
 # which rows have any.
 BYTES = [
     (name, value)
@@ -164,20 +164,36 @@ BYTES = [
 ]
 ALTERNATIVES = {
     "video.size": 264,
+    "video.buckets": [[128, 192]],
+    "video.fit": "pad",
+    "video.decoder": "decord",
+    "checks.silent": "drop",
+    "checks.duplicate": "drop",
+    "checks.truncated": "flag",
     "video.codec.block": 16,
     "audio.channels": 2,
     "audio.codec.num_mels": 128,
     "audio.codec.patch": 8,
+    "audio.codec.fmax_hz": 7000.0,
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [*BYTES, ("clip.min_seconds", 1.0)])
+DROPPING = [
+    ("checks.min_seconds", 1.0),
+    ("checks.min_decoded_share", -0.5),
+    ("checks.truncated", "drop"),
+    ("checks.silent", "flag"),
+    ("checks.duplicate", "flag"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*BYTES, *DROPPING])
 def test_every_setting_that_decides_bytes_changes_its_column_only(name, value):
-    other = ALTERNATIVES.get(name, value + 1 if name != "audio.codec.fmax_hz" else 7000.0)
+    other = ALTERNATIVES[name] if name in ALTERNATIVES else value + 1
     before = column_specs(EncodeConfig())
     after = column_specs(load(EncodeConfig, None, [f"{name}={other}"]))
     changed = {m for m in before if before[m].directory != after[m].directory}
-    expected = {"video", "audio"} if name.startswith("clip.") else {name.partition(".")[0]}
+    expected = {"video", "audio"} if name.startswith("checks.") else {name.partition(".")[0]}
     assert changed == expected
 
 
@@ -191,6 +207,11 @@ def test_every_setting_that_decides_bytes_changes_its_column_only(name, value):
         "window_mb=7",
         "max_failed_share=0.7",
         "media=/x",
+        "cache_dir=/x",
+        "cache_gb=7",
+        "clips_per_decoder=7",
+        "checks.max_silent_share=0.5",
+        "checks.min_fps=7",
     ],
 )
 def test_setting_that_decides_no_bytes_changes_no_column(override):
