@@ -20,10 +20,10 @@ SOURCES = sorted(
 IMPORTERS = {
     "ray": {"pipeline/cells.py"},
     "deepspeed": {"train/engine.py"},
-    "decord": {"pipeline/decord_picture.py", "tools/bench_decode.py"},
+    "decord": {"pipeline/decord_picture.py", "tools/contenders.py"},
     "av": {
         *(f"pipeline/{name}.py" for name in ("demux", "picture", "sound", "mux")),
-        "tools/bench_decode.py",
+        *("tools/bench_decode.py", "tools/contenders.py"),
     },
     "torchaudio": {"pipeline/audio.py"},
     "fsspec": {"pipeline/storage.py"},
