@@ -24,18 +24,9 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from pipeline import format as fmt
 from pipeline.files import sync_folder, write_json
 from pipeline.joint import JointRows
+from pipeline.records import Count, Crc, Totals, first_error, read_record, record_problems
 from pipeline.shards import naming_a_full_disk
-from pipeline.sweep import (
-    Count,
-    Crc,
-    Totals,
-    first_error,
-    one_line_errors,
-    progress_bar,
-    read_plan,
-    read_record,
-    record_problems,
-)
+from pipeline.sweep import one_line_errors, progress_bar, read_plan
 
 
 def main() -> None:

@@ -1,92 +1,23 @@
 """What the commands that look over a whole data set share: status, verify and pack.
 
-It only reads, and trusts nothing: a commit record's types are checked before they are used, and
-the plan is read one shard at a time. Imports neither torch nor Ray, so that a command starts at
-once.
+The plan, read one shard at a time, and how such a command shows progress and ends. Imports
+neither torch nor Ray, so that a command starts at once.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import google_crc32c
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked_dataclass
 from tqdm import tqdm
 
 from pipeline import format as fmt
 from pipeline.shards import NoRoomError
-
-Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
-Crc = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]  # leads nowhere else
-
-
-@checked_dataclass(frozen=True)
-class ChannelSums:
-    """Sums over a shard: values per channel, and one sum and sum of squares a channel."""
-
-    count: Count
-    sum: list[Number]
-    sum_of_squares: list[Number]
-
-
-@checked_dataclass(frozen=True)
-class CommitRecord:
-    """What a commit record says of its shard, with the types that it must have.
-
-    ``run_id``, ``host``, ``seconds`` and ``encode_s`` are the encoder's notes, empty or None
-    where another writer left none.
-    """
-
-    shard: Count
-    tar: FileName
-    index: FileName
-    rows: Count
-    ok: Count
-    status_counts: dict[str, Count]
-    keys_hash: str
-    tar_bytes: Count
-    tar_crc32c: Crc
-    index_crc32c: Crc
-    channels: ChannelSums
-    run_id: str = ""
-    host: str = ""
-    seconds: Seconds | None = None
-    encode_s: Seconds | None = None
-
-
-RECORD_TYPE = TypeAdapter(CommitRecord)
-
-
-@dataclass
-class Totals:
-    """Sums of the commit records of a column."""
-
-    shards: int = 0
-    rows: int = 0
-    ok: int = 0
-    bytes: int = 0
-    statuses: Counter[str] = field(default_factory=Counter)
-
-    def add(self, record: CommitRecord) -> None:
-        """Take in one shard."""
-        self.shards += 1
-        self.rows += record.rows
-        self.ok += record.ok
-        self.bytes += record.tar_bytes
-        self.statuses.update(record.status_counts)
 
 
 def read_plan(root: Path) -> fmt.Plan:
@@ -104,122 +35,6 @@ def read_plan(root: Path) -> fmt.Plan:
             f"{root / 'plan.json'} is damaged (segments {sizes}, expected counts); restore it"
         )
     return plan
-
-
-def repair(column: fmt.Column, shard: int) -> str:
-    """Return how a damaged shard is mended."""
-    return f"remove {record_path(column, shard)} and run pipeline.encode again"
-
-
-def record_path(column: fmt.Column, shard: int) -> Path:
-    """Return where the commit record of a shard is, or would be."""
-    return column.path / f"{fmt.shard_name(shard)}.json"
-
-
-def read_record(column: fmt.Column, shard: int) -> CommitRecord | None:
-    """Read a commit record; None where the shard is not committed (any more).
-
-    Raises:
-        FormatError: it is another data set's, lacks a key, has a wrong type or contradicts itself.
-    """
-    path = record_path(column, shard)
-    try:
-        raw = column.commit(shard)
-        record = RECORD_TYPE.validate_python(raw) if raw is not None else None
-    except fmt.FormatError:
-        if not path.exists():  # taken back in this very moment, by --retry-failed
-            return None
-        raise
-    except ValidationError as error:
-        message = f"{path}: {first_error(error)}; {repair(column, shard)}"
-        raise fmt.FormatError(message) from None
-    if record is not None:
-        _check_sums(column, shard, record)
-    return record
-
-
-def first_error(error: ValidationError) -> str:
-    """Return where the first wrong value is, what it is and what was expected."""
-    first = error.errors()[0]
-    found = "missing" if first["type"] == "missing" else repr(first["input"])[:80]
-    return f"{'.'.join(str(part) for part in first['loc'])} is {found}, expected: {first['msg']}"
-
-
-def _check_sums(column: fmt.Column, shard: int, record: CommitRecord) -> None:
-    counts = record.status_counts
-    is_sound = sum(counts.values()) == record.rows and counts.get("ok", 0) == record.ok
-    if not is_sound or not set(counts) <= set(fmt.STATUSES):
-        raise fmt.FormatError(
-            f"{record_path(column, shard)}: status_counts are {counts}, expected known statuses "
-            f"that sum to rows {record.rows}, with ok {record.ok}; {repair(column, shard)}"
-        )
-
-
-def record_problems(
-    column: fmt.Column,
-    shard: int,
-    record: CommitRecord,
-    rows_per_shard: np.ndarray,
-    keys: Sequence[str] | None,
-) -> Iterator[str]:
-    """Yield how a commit record differs from the plan.
-
-    Args:
-        column: the column.
-        shard: number of the shard.
-        record: its commit record.
-        rows_per_shard: int64 [num_shards], from the plan.
-        keys: the plan's keys of the shard, or None where they are not compared.
-    """
-    path = record_path(column, shard)
-    if shard >= len(rows_per_shard):
-        yield f"{path}: shard {shard} of a plan of {len(rows_per_shard)} shards; remove its files"
-        return
-    found: dict[str, Any] = {"shard": record.shard, "rows": record.rows}
-    expected: dict[str, Any] = {"shard": shard, "rows": int(rows_per_shard[shard])}
-    if keys is not None:
-        found["keys_hash"], expected["keys_hash"] = record.keys_hash, fmt.keys_hash(keys)
-    for name, value in expected.items():
-        if found[name] != value:
-            yield (
-                f"{path}: {name} is {found[name]}, expected {value} as planned; "
-                f"{repair(column, shard)}"
-            )
-
-
-def read_index(column: fmt.Column, shard: int, record: CommitRecord) -> np.ndarray:
-    """Read a committed shard's index and compare it with the commit record.
-
-    Raises:
-        FormatError: it is missing, or not what the record states.
-    """
-    path = column.path / record.index
-    try:
-        found = google_crc32c.value(path.read_bytes())
-    except FileNotFoundError:
-        raise fmt.FormatError(
-            f"{path} is missing though committed; {repair(column, shard)}"
-        ) from None
-    if found != record.index_crc32c:
-        raise fmt.FormatError(
-            f"{path}: crc32c is {found:08x}, expected {record.index_crc32c:08x}; "
-            f"{repair(column, shard)}"
-        )
-    index = column.index(shard, record.rows)
-    counts = fmt.status_counts(index["status"])
-    if counts != {name: count for name, count in record.status_counts.items() if count}:
-        raise fmt.FormatError(
-            f"{path}: statuses are {counts}, expected {record.status_counts} as committed; "
-            f"{repair(column, shard)}"
-        )
-    is_tombstone = index["status"] != fmt.OK
-    if index["nbytes"][is_tombstone].any():
-        row = int(np.flatnonzero(is_tombstone & (index["nbytes"] > 0))[0])
-        raise fmt.FormatError(
-            f"{path} row {row}: {index['nbytes'][row]} bytes of a row that failed, expected 0; "
-            f"{repair(column, shard)}"
-        )
-    return index
 
 
 class PlanTable:

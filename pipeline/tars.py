@@ -15,8 +15,8 @@ import google_crc32c
 import numpy as np
 
 from pipeline.format import OK, Column
+from pipeline.records import CommitRecord
 from pipeline.shards import channel_sums
-from pipeline.sweep import CommitRecord
 
 # Sums are bit-equal when the numpy that wrote them adds them up; another may add in another order.
 SUMS_TOLERANCE = 1e-9
