@@ -1,6 +1,6 @@
 """Files below a root: a local folder, or a URL of anything fsspec knows. Only importer of fsspec.
 
-Whatever rows and members of tars say, nothing outside the root is read: see ``pipeline.addresses``.
+Whatever rows and members of tars say, nothing outside the root is read: see ``pipeline.folders``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ from urllib.parse import quote, unquote
 
 import fsspec
 
-from pipeline.addresses import MEMBER, URL, UriError, check_uri, file_of, is_hidden, normal_root
-from pipeline.file_cache import CacheError, FileCache
-from pipeline.local_folder import FileStat, LocalFolder
+from pipeline.folders import (
+    MEMBER,
+    URL,
+    FileStat,
+    LocalFolder,
+    UriError,
+    check_uri,
+    file_of,
+    is_hidden,
+    normal_root,
+)
 from pipeline.media import ClipError
+from pipeline.media_cache import CacheError, MediaCache
 from pipeline.settings import ConfigError
 
 # What fsspec's file systems call the things that change when a file does.
@@ -69,7 +78,7 @@ class RemoteFolder:
     """The files below a URL.
 
     Attributes:
-        root: the URL, see ``pipeline.addresses.normal_root``.
+        root: the URL, see ``pipeline.folders.normal_root``.
 
     Raises:
         ConfigError: no package is installed for such URLs.
@@ -96,13 +105,23 @@ class RemoteFolder:
             FileNotFoundError, OSError, UriError: there is no such file, or it can't be told.
         """
         path = self._full(uri)
-        info = attempt(lambda: self._files.info(path))
+        info = attempt(lambda: self._info(path))
         if info.get("type") == "directory":
             raise FileNotFoundError(f"{uri} is a folder")
         if info.get("size") is None:
             raise OSError(f"the server does not tell the size of {uri}")
         version = sorted(f"{name}={info[name]}" for name in VERSION_FIELDS & info.keys())
         return FileStat(int(info["size"]), " ".join(version))
+
+    def _info(self, path: str) -> dict[str, Any]:
+        """fsspec calls every failure of an http request a missing file; only 404 and 410 are."""
+        try:
+            return self._files.info(path)
+        except FileNotFoundError as error:
+            cause, is_http = error.__cause__, self.root.startswith("http")
+            if is_http and cause and getattr(cause, "status", None) not in (404, 410):
+                raise OSError(scrubbed(cause)) from None
+            raise
 
     def read(self, uri: str, start: int, size: int) -> bytes:
         """Read a range of bytes that the file has.
@@ -203,13 +222,13 @@ class MediaStore:
         return open_folder(self.root)
 
     @functools.cached_property
-    def cache(self) -> FileCache:
+    def cache(self) -> MediaCache:
         """The cache, made when first wanted.
 
         Raises:
             ConfigError: it can't be made, or others could write into it.
         """
-        return FileCache(self._cache_dir, self._cache_bytes)
+        return MediaCache(self._cache_dir, self._cache_bytes)
 
     def is_missing(self, uri: str) -> bool:
         """Return whether a file is known not to be there; never asks the network."""

@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.addresses import URL, normal_root, parent_and_name
 from pipeline.config import EncodeConfig
+from pipeline.folders import URL, normal_root, parent_and_name
 from pipeline.settings import ConfigError
-from pipeline.sources.captions import check_template, with_captions
 from pipeline.sources.folder import folder_source
-from pipeline.sources.listing import (
+from pipeline.sources.rows import (
     MEDIA_SUFFIXES,
     Source,
+    check_template,
     folder_key,
     media_files,
     reading,
     suffix_of,
+    with_captions,
+    with_spans,
 )
-from pipeline.sources.spans import with_spans
 from pipeline.sources.table import TABLE_SUFFIXES, has_header, table_source
 from pipeline.sources.tars import tars_source
 from pipeline.sources.vggsound import CSV_NAME, vggsound_source

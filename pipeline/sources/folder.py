@@ -6,17 +6,17 @@ from dataclasses import replace
 
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
-from pipeline.sources.listing import (
+from pipeline.sources.rows import (
     MEDIA_SUFFIXES,
     UNTOLD_S,
     Source,
     folder_key,
     hashed_key,
+    in_threads,
     media_files,
     reading,
     suffix_of,
 )
-from pipeline.sources.threads import in_threads
 from pipeline.storage import Folder
 
 MAX_CAPTION_BYTES = 1 << 20

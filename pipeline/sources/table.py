@@ -1,4 +1,4 @@
-"""Tables of clips: .csv with a header, .jsonl, .parquet; columns as in ``pipeline.sources.fields``.
+"""Tables of clips: .csv with a header, .jsonl, .parquet; columns as in ``pipeline.sources.rows``.
 
 A clip is its row's key where it has one, else it is named after its file, and after its start where
 the row has one. So a row's key doesn't depend on other rows.
@@ -6,6 +6,8 @@ the row has one. So a row's key doesn't depend on other rows.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import sys
@@ -15,12 +17,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.addresses import UriError, uri_below
+from pipeline.folders import UriError, uri_below
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
-from pipeline.sources.delimited import csv_rows
-from pipeline.sources.fields import FIELDS, read_fields
-from pipeline.sources.listing import UNTOLD_S, Source, folder_key, reading, suffix_of, timed_key
+from pipeline.sources.rows import (
+    FIELDS,
+    UNTOLD_S,
+    Source,
+    folder_key,
+    read_fields,
+    reading,
+    suffix_of,
+    timed_key,
+)
 from pipeline.storage import Folder, LocalFolder
 
 TABLE_SUFFIXES = frozenset((".csv", ".jsonl", ".parquet"))
@@ -54,6 +63,41 @@ def table_source(lists: Folder, name: str, media: Folder) -> Source:
         names = ", ".join(sorted(map(repr, unknown)))
         sys.stderr.write(f"{path}: columns ignored: {names}; known are {', '.join(FIELDS)}\n")
     return Source("table", media.root, list(clips.values()))
+
+
+def csv_rows(folder: Folder, name: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (file and line, cells) of a csv file.
+
+    Raises:
+        ConfigError: no such file, no UTF-8, no csv; with the line.
+    """
+    path = f"{folder.root}/{name}"
+    line = 1
+    try:
+        with reading(path), folder.open(name) as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            rows = csv.reader(text, strict=True)
+            for row in rows:
+                yield f"{path} line {line}", row
+                line = rows.line_num + 1
+    except csv.Error as error:
+        raise ConfigError(
+            f"{path} line {line} can't be read as csv: {error} (a quote that opens there may not "
+            "be closed)"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = _line_that_is_no_text(folder, name)
+        raise ConfigError(f"{path} line {line}: expected UTF-8 text, {error.reason}") from None
+
+
+def _line_that_is_no_text(folder: Folder, name: str) -> int:
+    with folder.open(name) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0
 
 
 def has_header(lists: Folder, name: str) -> bool:

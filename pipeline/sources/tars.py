@@ -14,21 +14,21 @@ from itertools import groupby
 from operator import itemgetter
 from typing import BinaryIO
 
-from pipeline.addresses import UriError, check_uri, is_hidden
+from pipeline.folders import UriError, check_uri, is_hidden
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
-from pipeline.sources.fields import read_fields
 from pipeline.sources.folder import caption_text
-from pipeline.sources.listing import (
+from pipeline.sources.rows import (
     MEDIA_SUFFIXES,
     UNTOLD_S,
     Source,
     folder_key,
     hashed_key,
+    in_threads,
+    read_fields,
     reading,
 )
 from pipeline.sources.table import json_object
-from pipeline.sources.threads import in_threads
 from pipeline.storage import Folder
 
 MAX_SIDECAR_BYTES = 16 << 20

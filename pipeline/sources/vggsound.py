@@ -8,8 +8,8 @@ from dataclasses import replace
 from pipeline.config import EncodeConfig
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
-from pipeline.sources.delimited import csv_rows
-from pipeline.sources.listing import Source, media_files, reading
+from pipeline.sources.rows import Source, media_files, reading
+from pipeline.sources.table import csv_rows
 from pipeline.storage import Folder
 
 CSV_NAME = "vggsound.csv"

@@ -22,7 +22,7 @@ from pipeline.plan import (
     write_clips,
 )
 from pipeline.settings import ConfigError
-from pipeline.sources import Source
+from pipeline.sources import Source, open_source
 
 
 def source_of(root, num_clips=10, captions=3):
@@ -79,6 +79,14 @@ def test_plan_id_knows_every_field_of_every_clip(tmp_path, fields):
     source = source_of(tmp_path)
     plans = [make_plan(s, EncodeConfig())[0] for s in (source, changed(source, **fields))]
     assert plans[0].plan_id != plans[1].plan_id
+
+
+def test_plan_id_knows_the_windows(tmp_path, shared_clips):
+    films = str(shared_clips / "folders" / "dog")
+    configs = [EncodeConfig(windows=windows) for windows in ({}, {"seconds": 4}, {"seconds": 5})]
+    plans = [make_plan(open_source(films, config), config)[0] for config in configs]
+    assert len({plan.plan_id for plan in plans}) == 3
+    assert plans[0].source == {"kind": "folder", "root": films}
 
 
 def test_key_that_a_tar_cannot_hold_is_refused(tmp_path):

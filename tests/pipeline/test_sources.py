@@ -12,6 +12,7 @@ from pipeline.config import EncodeConfig
 from pipeline.format import check_key
 from pipeline.settings import ConfigError
 from pipeline.sources import MEDIA_SUFFIXES, folder_key, open_source
+from pipeline.sources.rows import num_windows
 
 
 def put(root, *names, content="x"):
@@ -44,7 +45,8 @@ def test_folder_is_searched_to_the_bottom_for_media_of_any_case(tmp_path):
 
 def test_hidden_files_and_folders_are_left_out(tmp_path):
     put(tmp_path, "a.mp4", ".b.mp4", "._a.mp4", ".trash/c.mp4", "in/.cache/d.mp4")
-    assert uris(listed(tmp_path)) == ["a.mp4"]
+    source = listed(tmp_path)
+    assert uris(source) == ["a.mp4"] and source.num_skipped == 4  # a folder counts as one
 
 
 def test_hidden_root_is_searched(tmp_path):
@@ -60,7 +62,9 @@ def test_links_out_of_the_root_are_left_out_and_links_inside_stay(tmp_path):
     (root / "folder").symlink_to(tmp_path / "outside")
     (root / "again.mp4").symlink_to("in/a.mp4")
     (root / "up").symlink_to("..")
-    assert uris(listed(root)) == ["again.mp4", "in/a.mp4"]
+    (root / "dead.mp4").symlink_to("nowhere.mp4")
+    source = listed(root)
+    assert uris(source) == ["again.mp4", "in/a.mp4"] and source.num_skipped == 4
 
 
 def test_link_to_itself_is_left_out(tmp_path):
@@ -83,6 +87,19 @@ def test_caption_is_the_text_beside_the_clip_on_one_line(tmp_path):
     source = listed(tmp_path)
     assert {c.key: c.caption for c in source.clips} == {"a": "A dog barks.", "b": "", "c": ""}
     assert source.num_skipped == 1  # notes.txt belongs to no clip
+
+
+def test_caption_longer_than_any_is_refused_by_name(tmp_path):
+    put(tmp_path, "a.mp4")
+    put(tmp_path, "a.txt", content="x" * (1 << 20) + "y")
+    with pytest.raises(ConfigError, match=r"a\.txt: 1048577 bytes, expected 1048576 at most"):
+        listed(tmp_path)
+
+
+def test_media_setting_is_refused_with_a_folder(tmp_path):
+    put(tmp_path, "a.mp4")
+    with pytest.raises(ConfigError, match="media=elsewhere: only tables"):
+        listed(tmp_path, media="elsewhere")
 
 
 def test_caption_that_is_no_text_is_refused_by_name(tmp_path):
@@ -283,8 +300,109 @@ def test_bad_row_names_file_line_and_fault(tmp_path, row, message):
         listed(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"a,3,\xff,train\n", b'-26aVYRtEAc,30,"open,train\n'])
-def test_csv_that_cannot_be_read_is_refused_by_name(tmp_path, content):
-    (tmp_path / "vggsound.csv").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"vggsound\.csv"):
+def test_empty_csv_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"vggsound\.csv has no row"):
+        listed(vggsound(tmp_path, ""))
+
+
+@pytest.mark.parametrize("rest", [b"", b"0DCit2EBtjs,30,a,train\n" * 9000])
+@pytest.mark.parametrize("row", [b"a,3,\xff,train\n", b'6zlMP_kQ_-w,30,"open,train\n'])
+def test_line_that_cannot_be_read_is_named(tmp_path, row, rest):
+    """Also where a quote that is not closed takes the rest of a long file with it."""
+    text = b'-26aVYRtEAc,30,"two\nlines",train\n-1UeMOTROlM,3,a,test\n'
+    (tmp_path / "vggsound.csv").write_bytes(text + row + rest)
+    with pytest.raises(ConfigError, match=r"vggsound\.csv line 4[: ]"):
         listed(tmp_path)
+
+
+def test_link_instead_of_the_csv_that_leads_out_is_refused(tmp_path):
+    vggsound(tmp_path / "elsewhere", GOOD)
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "vggsound.csv").symlink_to(tmp_path / "elsewhere" / "vggsound.csv")
+    with pytest.raises(ConfigError, match=r"vggsound\.csv.*leads out"):
+        listed(tmp_path / "root")
+    assert len(listed(tmp_path / "root" / "vggsound.csv").clips) == 1  # named by the user
+
+
+# -- captions made of labels
+
+
+def test_template_captions_clips_that_have_a_label_only(tmp_path):
+    put(tmp_path, "dog/a.mp4", "dog/b.mp4", "c.mp4")
+    put(tmp_path, "dog/b.txt", content="It barks.")
+    source = listed(tmp_path, caption_template="the sound of {label}, {{loud}}")
+    captions = {clip.uri: clip.caption for clip in source.clips}
+    assert captions == {
+        "dog/a.mp4": "the sound of dog, {loud}", "dog/b.mp4": "It barks.", "c.mp4": ""
+    }  # fmt: skip
+
+
+def test_template_is_taken_for_the_labels_of_vggsound(tmp_path):
+    vggsound(tmp_path, GOOD + '0DCit2EBtjs,5,"{label.x} {0}",test\n')
+    clips = listed(tmp_path, caption_template="the sound of {label}").clips
+    assert [(clip.caption, clip.label) for clip in clips] == [
+        ("the sound of female singing", "female singing"),
+        ("the sound of {label.x} {0}", "{label.x} {0}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *("{label.__class__}", "{label[0]}", "{0}", "{}", "{caption}", "{label!r}", "{label:>9}"),
+        *("the sound of {label", "label}", "the sound of label", "{label} {uri}"),
+    ],
+)
+def test_template_of_anything_but_the_label_is_refused(tmp_path, template):
+    put(tmp_path, "dog/a.mp4")
+    with pytest.raises(ConfigError, match="caption_template"):
+        listed(tmp_path, caption_template=template)
+
+
+# -- windows
+
+
+def test_windows_start_while_enough_is_left():
+    def starts(length_s, min_seconds=1.0, **windows):
+        windows = EncodeConfig(windows=windows, checks={"min_seconds": min_seconds})
+        return num_windows(length_s, windows)
+
+    assert starts(60, seconds=10) == 6
+    assert starts(61, seconds=10) == 7 and starts(60.9, seconds=10) == 6
+    assert starts(60, seconds=10, stride_seconds=5) == 12
+    assert starts(0.3, min_seconds=0.1, seconds=0.1) == 3  # in spite of 0.3 - 2 * 0.1 < 0.1
+    assert starts(60, min_seconds=0, seconds=10) == 6
+    assert starts(60, min_seconds=30, seconds=10) == 6  # never more than a window holds
+    assert starts(0, seconds=10) == starts(0.5, seconds=10) == 1
+
+
+def test_files_are_cut_into_windows_and_one_that_cannot_be_measured_stays(tmp_path, shared_clips):
+    film = min((shared_clips / "folders" / "dog").glob("*.mp4"))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "film.mp4").symlink_to("../film.mp4")
+    (tmp_path / "film.mp4").write_bytes(film.read_bytes())
+    put(tmp_path, "no film.mp4", "film.txt", content="A dog barks.")
+    clips = listed(tmp_path, windows={"seconds": 4, "stride_seconds": 2.5}).clips
+    spans = {key: [c.start_s for c in clips if c.uri == key] for key in uris(listed(tmp_path))}
+    assert spans == {
+        "film.mp4": [0, 2.5, 5, 7.5], "in/film.mp4": [0, 2.5, 5, 7.5], "no film.mp4": [0]
+    }  # fmt: skip
+    assert {clip.duration_s for clip in clips} == {4.0}
+    assert {c.key for c in clips if c.uri == "film.mp4"} == {
+        "film_000000000", "film_000002500", "film_000005000", "film_000007500"
+    }  # fmt: skip
+    assert {c.caption for c in clips if c.uri == "film.mp4"} == {"A dog barks."}
+    assert len({check_key(clip.key) for clip in clips}) == len(clips)
+
+
+def test_files_of_vggsound_are_cut_already(shared_clips):
+    cut = listed(shared_clips / "vggsound", windows={"seconds": 4})
+    assert cut == listed(shared_clips / "vggsound")
+
+
+def test_key_of_a_window_that_another_file_has_is_refused_with_both(tmp_path):
+    put(tmp_path, "a.mp4", "a_000000000.mp4")
+    put(tmp_path, "t.jsonl", content='{"uri": "a.mp4"}\n{"uri": "b.mp4", "key": "a_000000000", '
+        '"duration_s": 1}\n')  # fmt: skip
+    with pytest.raises(ConfigError, match=r"key a_000000000: of a\.mp4 and of b\.mp4"):
+        listed(tmp_path / "t.jsonl", windows={"seconds": 4})

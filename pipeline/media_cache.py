@@ -32,7 +32,7 @@ class CacheError(Exception):
     """A file can't be kept: it is too big, or everything else is in use."""
 
 
-class FileCache:
+class MediaCache:
     """Copies of files, the least recently used dropped first.
 
     Args:
