@@ -142,13 +142,10 @@ def column_status(
 
 def facts_status(root: Path, folder: Path, orphans: list[dict[str, Any]]) -> dict[str, Any]:
     """Count the shards that have facts in a folder."""
-    shards = [
-        entry.stat().st_size
-        for entry in os.scandir(folder)
-        if re.fullmatch(r"\d{6,}\.parquet", entry.name)
-    ]
+    names = {e.name for e in os.scandir(folder) if re.fullmatch(r"\d{6,}\.parquet", e.name)}
+    sizes = [file["bytes"] for file in stat_files(root, folder, names)]
     orphans += stat_files(root, folder, hidden_names(folder))
-    return {"name": folder.name, "shards": len(shards), "bytes": sum(shards)}
+    return {"name": folder.name, "shards": len(sizes), "bytes": sum(sizes)}
 
 
 def hidden_names(folder: Path) -> set[str]:

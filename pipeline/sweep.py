@@ -27,12 +27,13 @@ def read_plan(root: Path) -> fmt.Plan:
         FormatError: there is none, or it is damaged.
     """
     plan = fmt.read_plan(root)
-    segments = (*plan.clips, *plan.captions)
-    sizes = [(s.first_shard, s.num_clips, s.shard_size) for s in segments]
+    sizes = [(s.first_shard, s.num_clips, s.shard_size) for s in (*plan.clips, *plan.captions)]
     is_sound = all(type(size) is int and size >= 0 for three in sizes for size in three)
-    if not is_sound or any(segment.shard_size < 1 for segment in segments):
+    is_sound = is_sound and all(shard_size > 0 for _, _, shard_size in sizes)
+    if not (is_sound and isinstance(plan.plan_id, str) and isinstance(plan.source, dict)):
         raise fmt.FormatError(
-            f"{root / 'plan.json'} is damaged (segments {sizes}, expected counts); restore it"
+            f"{root / 'plan.json'} is damaged (plan_id {plan.plan_id!r:.40}, segments {sizes}, "
+            f"source {plan.source!r:.80}; expected text, counts and an object); restore it"
         )
     return plan
 

@@ -24,7 +24,7 @@ from pipeline import format as fmt
 from pipeline.captions import caption_hashes, read_rows
 from pipeline.records import Totals, read_index, read_record, record_path, record_problems, repair
 from pipeline.sweep import PlanTable, one_line_errors, progress_bar, read_plan
-from pipeline.tars import check_tar
+from pipeline.tar_check import check_tar
 
 
 @dataclass(frozen=True)

@@ -206,17 +206,19 @@ def test_damaged_column_and_summary_are_named(dataset):
 
 
 @pytest.mark.parametrize(
-    "segment",
+    ("name", "value"),
     [
-        {"first_shard": 0, "num_clips": "5", "shard_size": 8},
-        {"first_shard": 0, "num_clips": 5, "shard_size": 0},
-        {"first_shard": 0, "num_clips": -5, "shard_size": 8},
-        {"first_shard": None, "num_clips": 5.5, "shard_size": 8},
+        ("clips", [{"first_shard": 0, "num_clips": "5", "shard_size": 8}]),
+        ("clips", [{"first_shard": 0, "num_clips": 5, "shard_size": 0}]),
+        ("captions", [{"first_shard": 0, "num_clips": -5, "shard_size": 8}]),
+        ("captions", 7),
+        ("source", "x"),
+        ("plan_id", None),
     ],
 )
-def test_damaged_plan_is_one_line(dataset, segment):
+def test_damaged_plan_is_one_line(dataset, name, value):
     path = dataset.root / "plan.json"
-    write_json(path, {**read_json(path), "clips": [segment]})
+    write_json(path, {**read_json(path), name: value})
     done = run(dataset.root)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(f"error: {path}") and done.stderr.count("\n") == 1

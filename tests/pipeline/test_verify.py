@@ -18,7 +18,7 @@ from pipeline.files import write_json
 from pipeline.format import STATUS_CODE, FormatError, read_json
 from pipeline.shards import ShardWriter, create_column
 from pipeline.tables import write_parquet
-from pipeline.tars import member_header
+from pipeline.tar_check import member_header
 from pipeline.verify import verify
 from tests.train.columns import Dataset
 
