@@ -238,7 +238,7 @@ def column_lines(column: dict[str, Any]) -> list[str]:
         lines.append(
             f"  speed    {speed['clips_per_s']:,.2f} ok rows/s per cell over "
             f"{speed['seconds']:,.0f} s (median shard {speed['clips_per_s_median_shard']:,.2f}, "
-            f"slowest {speed['clips_per_s_slowest_shard']:,.2f}: {speed['slowest_shard']})"
+            f"slowest {speed['clips_per_s_slowest_shard']:,.2f}, shard {speed['slowest_shard']})"
             + (f", codecs alone {encoder:,.2f}" if encoder else "")
             + (f", {hours:,.1f} h of {column['modality']} an hour" if hours else "")
         )
