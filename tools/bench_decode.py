@@ -63,7 +63,9 @@ class Result:
 
 def prepare_clip(path: Path, source: Path, seconds: float) -> Task:
     """Make the clip ``<height>.mp4`` from a source unless it is there, and describe it."""
-    import av  # here, not above: every contender's process imports this file
+    # Here, not above: every contender's process imports this file.
+    import av
+    from av.video.reformatter import Colorspace
 
     if not path.exists():
         partial = path.with_name(f".{os.getpid()}.{path.name}")
@@ -74,6 +76,8 @@ def prepare_clip(path: Path, source: Path, seconds: float) -> Task:
             video.height = int(path.stem)
             video.width = round(video.height * shown.width / shown.height / 2) * 2
             video.pix_fmt = "yuv420p"
+            # Ours does not let decord decode high definition that is not tagged.
+            video.codec_context.colorspace = Colorspace.ITU709
             audio = write.add_stream("aac", rate=SOURCE_RATE_HZ, layout="stereo")
             for frame in read.decode(video=0, audio=0):
                 if frame.time < seconds:  # encode() scales and resamples
