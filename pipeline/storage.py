@@ -96,7 +96,7 @@ class RemoteFolder:
 
     def _full(self, uri: str) -> str:
         check_uri(uri)
-        return f"{self._path}/{quote(uri) if self.root.startswith('http') else uri}"
+        return f"{self._path.rstrip('/')}/{quote(uri) if self.root.startswith('http') else uri}"
 
     def stat(self, uri: str) -> FileStat:
         """Ask for a file's size and version.
@@ -151,10 +151,11 @@ class RemoteFolder:
             OSError: the network fails, or the URL can't be listed.
         """
         found = attempt(lambda: self._files.find(self._path))
-        uris = [name[len(self._path) :].lstrip("/") for name in found if not name.endswith("/")]
+        root = self._path.rstrip("/") + "/"
+        uris = [name.removeprefix(root) for name in found if name.startswith(root)]
+        uris = [uri for uri in uris if uri and not uri.endswith("/")]
         if self.root.startswith("http"):  # index pages link to themselves, sorted otherwise
             uris = [unquote(uri) for uri in uris if "?" not in uri]
-        uris = [uri for uri in uris if uri]
         kept = [uri for uri in uris if not is_hidden(uri) and _is_plain(uri)]
         return sorted(kept), len(uris) - len(kept)
 
@@ -297,7 +298,7 @@ class MediaStore:
         The boot counts too: copies aren't synced to the disk, a crash may leave them empty.
         """
         identity = json.dumps([_boot_id(), self.root, uri, *stat])
-        suffix = re.search(r"\.[A-Za-z0-9]{1,8}$", uri)
+        suffix = re.search(r"\.[A-Za-z0-9]{1,8}\Z", uri)
         name = hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         return name + (suffix[0].lower() if suffix else "")
 

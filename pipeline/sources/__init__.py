@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.config import EncodeConfig
 from pipeline.folders import URL, normal_root, parent_and_name
+from pipeline.media_cache import MediaCache
 from pipeline.settings import ConfigError
 from pipeline.sources.folder import folder_source
 from pipeline.sources.rows import (
@@ -38,7 +39,8 @@ def open_source(src: str, config: EncodeConfig) -> Source:
         config: ``media``, ``caption_template``, ``clip``, ``windows`` and the cache count here.
 
     Raises:
-        ConfigError: nothing there, no media, or something in it that is refused, with its place.
+        ConfigError: nothing there, no media, something in it that is refused, with its place; or
+            the cache that its media need can't be made.
     """
     if config.caption_template:
         check_template(config.caption_template)
@@ -46,6 +48,8 @@ def open_source(src: str, config: EncodeConfig) -> Source:
     source = _list_file(folder, name, config) if name else _list_folder(folder, config)
     source = with_captions(with_spans(source, config), config.caption_template)
     _check_unique(source)
+    if URL.match(source.root) or source.kind == "tars":
+        MediaCache(config.cache_dir, int(config.cache_gb * 1e9))  # better fails now than per clip
     return source
 
 

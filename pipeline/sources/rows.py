@@ -259,7 +259,7 @@ def with_spans(source: Source, config: EncodeConfig) -> Source:
     With windows, every such file is opened (remote ones are fetched) to measure it.
     """
     untold = [clip for clip in source.clips if clip.duration_s == UNTOLD_S]
-    lengths = _lengths(source.root, untold, config) if config.windows.seconds else {}
+    lengths = _lengths(source.root, untold, config) if untold and config.windows.seconds else {}
     clips = [
         spanned
         for clip in source.clips
@@ -287,6 +287,7 @@ def num_windows(length_s: float, config: EncodeConfig) -> int:
 
     Windows start at k * stride; the last ones may be shorter than ``windows.seconds``.
     """
+    length_s = min(length_s, MAX_START_S)  # damaged files may claim to last for years
     wanted_s = min(max(config.checks.min_seconds, 1e-3), config.windows.seconds)
     last = (length_s - wanted_s + 1e-6) / config.windows.stride_seconds
     return max(1, math.floor(last) + 1)

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.folders import UriError, uri_below
+from pipeline.folders import UriError, file_of, uri_below
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
 from pipeline.sources.rows import (
@@ -110,7 +110,7 @@ def _clip(row: dict[str, Any], where: str, media: Folder) -> Clip:
     fields = read_fields(row, where)
     try:
         uri = uri_below(media.root, fields.uri)
-        if isinstance(media, LocalFolder) and media.leads_out(uri):
+        if isinstance(media, LocalFolder) and media.leads_out(file_of(uri)):
             raise UriError(f"{uri!r} is a link that leads out of {media.root}")
     except UriError as error:
         raise ConfigError(

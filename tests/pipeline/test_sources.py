@@ -373,6 +373,7 @@ def test_windows_start_while_enough_is_left():
     assert starts(0.3, min_seconds=0.1, seconds=0.1) == 3  # in spite of 0.3 - 2 * 0.1 < 0.1
     assert starts(60, min_seconds=0, seconds=10) == 6
     assert starts(60, min_seconds=30, seconds=10) == 6  # never more than a window holds
+    assert starts(1e12, seconds=10) == 1e5  # a damaged file's length
     assert starts(0, seconds=10) == starts(0.5, seconds=10) == 1
 
 

@@ -166,7 +166,8 @@ def test_link_that_leads_out_is_refused_with_its_row(tmp_path):
     (tmp_path / "root" / "in" / "c.mp4").symlink_to("../in/d.mp4")
     path = write(tmp_path / "root" / "t.jsonl", [{"uri": "in/c.mp4"}])
     assert len(listed(path).clips) == 1
-    for uri in ("a.mp4", "up/b.mp4"):
+    (tmp_path / "root" / "0.tar").symlink_to(tmp_path / "b.mp4")
+    for uri in ("a.mp4", "up/b.mp4", "0.tar#0+10/x.mp4"):
         write(path, [{"uri": "in/c.mp4"}, {"uri": uri}])
         with pytest.raises(ConfigError, match=r"line 2: uri refused, .* leads out"):
             listed(path)

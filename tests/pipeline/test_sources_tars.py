@@ -5,6 +5,7 @@ import json
 import os
 import re
 import tarfile
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,12 @@ def make_tar(path, members, tar_format=tarfile.USTAR_FORMAT):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
 
 
 def listed(path, **config):

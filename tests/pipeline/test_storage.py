@@ -7,9 +7,12 @@ import shutil
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline import storage
+from pipeline.config import EncodeConfig
 from pipeline.folders import UriError, check_uri, normal_root, uri_below
 from pipeline.media import ClipError
 from pipeline.settings import ConfigError
@@ -377,8 +380,6 @@ def s3(tmp_path_factory):
 
 
 def storage_config(tmp_path, **settings):
-    from pipeline.config import EncodeConfig
-
     return EncodeConfig(cache_dir=str(tmp_path / "cache"), **settings)
 
 
@@ -428,11 +429,37 @@ def test_s3_tars_and_tables_are_read_in_place(s3, shared_clips, tmp_path):
         "000": members["000.mp4"],
         "001": b"film",
     }
-    s3.pipe_file("clips/tars/list.jsonl", b'{"uri": "s3://clips/tars/x.mp4", "start_s": 2}\n')
-    (clip,) = open_source("s3://clips/tars/list.jsonl", storage_config(tmp_path)).clips
-    assert (clip.uri, clip.key) == ("x.mp4", "x_000002000")
+    pq.write_table(pa.table({"uri": ["x.mp4"], "start_s": [2.0]}), tmp_path / "t.parquet")
+    tables = {
+        "t.jsonl": b'{"uri": "s3://clips/tars/x.mp4", "start_s": 2}\n',
+        "t.csv": b"uri,start_s\nx.mp4,2\n",
+        "t.parquet": (tmp_path / "t.parquet").read_bytes(),
+    }
+    for name, data in tables.items():
+        s3.pipe_file(f"clips/tables/{name}", data)
+        config = storage_config(tmp_path, media="s3://clips/tars/")
+        (clip,) = open_source(f"s3://clips/tables/{name}", config).clips
+        assert (clip.uri, clip.key) == ("x.mp4", "x_000002000")
     with pytest.raises(ConfigError, match=r"nothing\.csv: no such file"):
         open_source("s3://clips/tars/nothing.csv", storage_config(tmp_path))
+
+
+def test_csv_of_vggsound_here_finds_its_media_on_s3(s3, shared_clips, tmp_path):
+    s3.put(str(shared_clips / "vggsound" / "video"), "clips/vgg", recursive=True)
+    csv = str(shared_clips / "vggsound" / "vggsound.csv")
+    source = open_source(csv, storage_config(tmp_path, media="s3://clips/vgg"))
+    video = str(shared_clips / "vggsound" / "video")
+    assert source.clips == open_source(csv, storage_config(tmp_path, media=video)).clips
+    store = store_of(source.root, tmp_path, 10**8)
+    clip = source.clips[0]
+    assert content(store, clip.uri) == Path(video, clip.uri).read_bytes()
+
+
+def test_cache_that_cannot_be_made_is_said_before_a_clip_is_tried(s3, tmp_path):
+    s3.pipe_file("clips/one/a.mp4", FILM)
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match=r"media cache .*set cache_dir"):
+        open_source("s3://clips/one", storage_config(tmp_path))
 
 
 def test_s3_media_are_measured_for_windows(s3, shared_clips, tmp_path):
