@@ -20,8 +20,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.encoder import Job, ShardEncoder, ShardTask, ShardUpdate
 from pipeline.format import FormatError
+from pipeline.jobs import Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 from pipeline.shards import NoRoomError
 from pipeline.storage import MediaStore
@@ -70,6 +70,16 @@ class _Lane:
     head_since: float = 0.0
 
 
+@dataclass
+class _Shard:
+    """The clips being decoded, rows not queued yet, and how often a row's decoder was lost."""
+
+    clips: list[Clip]
+    wanted: set[str]
+    waiting: deque[int]
+    failures: dict[int, int] = field(default_factory=dict)
+
+
 class DecoderPool:
     """Decodes the clips of a shard on several actors, in any order, surviving their deaths.
 
@@ -98,25 +108,23 @@ class DecoderPool:
         No clip is decoded that is ``window_clips`` rows or more beyond the oldest one missing, so
         that a caller who needs them in order holds no more than the window.
         """
-        waiting, failures = deque(rows), dict[int, int]()
-        while waiting or any(lane.queue for lane in self._lanes):
-            self._fill(waiting, failures, clips, wanted)
+        shard = _Shard(clips, wanted, deque(rows))
+        while shard.waiting or any(lane.queue for lane in self._lanes):
+            self._fill(shard)
             heads = [lane.queue[0][1] for lane in self._lanes if lane.queue]
             ray.wait(heads, timeout=min(HEARTBEAT_S, self._job.decode_timeout_s / 4))
             pending = [ref for lane in self._lanes for _, ref in lane.queue]
             ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
             came = False
             for number, lane in enumerate(self._lanes):
-                for row, decoded in self._collect(number, lane, set(ready), waiting, failures):
+                for row, decoded in self._collect(number, lane, set(ready), shard):
                     came = True
                     yield row, decoded
                 self._recycle(number)
             if not came:
                 yield None
 
-    def _fill(
-        self, waiting: deque[int], failures: dict[int, int], clips: list[Clip], wanted: set[str]
-    ) -> None:
+    def _fill(self, shard: _Shard) -> None:
         """Queue clips ahead, never further than the window beyond the oldest one not decoded.
 
         A clip that failed gets a decoder to itself: a process that dies can take the answer for
@@ -124,28 +132,23 @@ class DecoderPool:
         """
 
         def load(lane: _Lane) -> int:
-            alone = lane.queue and lane.queue[0][0] in failures
+            alone = lane.queue and lane.queue[0][0] in shard.failures
             return self._depth if alone or lane.clips_left == 0 else len(lane.queue)
 
         queued = [row for lane in self._lanes for row, _ in lane.queue]
-        end = min([*queued, *waiting], default=0) + self._job.window_clips
-        while waiting and waiting[0] < end:
+        end = min([*queued, *shard.waiting], default=0) + self._job.window_clips
+        while shard.waiting and shard.waiting[0] < end:
             lane = min(self._lanes, key=load)
-            if load(lane) >= (1 if waiting[0] in failures else self._depth):
+            if load(lane) >= (1 if shard.waiting[0] in shard.failures else self._depth):
                 return
-            row = waiting.popleft()
+            row = shard.waiting.popleft()
             if not lane.queue:
                 lane.head_since = time.monotonic()
             lane.clips_left -= 1
-            lane.queue.append((row, lane.actor.decode.remote(clips[row], wanted)))
+            lane.queue.append((row, lane.actor.decode.remote(shard.clips[row], shard.wanted)))
 
     def _collect(
-        self,
-        number: int,
-        lane: _Lane,
-        ready: set[Any],
-        waiting: deque[int],
-        failures: dict[int, int],
+        self, number: int, lane: _Lane, ready: set[Any], shard: _Shard
     ) -> Iterator[tuple[int, Decoded]]:
         while lane.queue and lane.queue[0][1] in ready:
             row, ref = lane.queue[0]
@@ -158,7 +161,7 @@ class DecoderPool:
                     reason = str(error).strip().splitlines()[-1]  # blame no clip for this
                     raise CellError(f"decoder processes can't start: {reason}") from None
                 status = ("decode_crash", f"its decoder died ({type(error).__name__})")
-                yield from self._replace(number, lane, status, waiting, failures)
+                yield from self._replace(number, lane, status, shard)
                 return
             lane.queue.popleft()
             lane.head_since = time.monotonic()
@@ -171,7 +174,7 @@ class DecoderPool:
         if overdue and not ray.wait([lane.queue[0][1]], timeout=0)[0]:
             ray.kill(lane.actor)
             status = ("decode_timeout", f"not decoded in {limit_s:g} s")
-            yield from self._replace(number, lane, status, waiting, failures)
+            yield from self._replace(number, lane, status, shard)
 
     def _recycle(self, number: int) -> None:
         """Start a new decoder for one that has done its share and has nothing queued.
@@ -184,20 +187,15 @@ class DecoderPool:
             self._lanes[number] = self._start(number)
 
     def _replace(
-        self,
-        number: int,
-        lane: _Lane,
-        status: tuple[str, str],
-        waiting: deque[int],
-        failures: dict[int, int],
+        self, number: int, lane: _Lane, status: tuple[str, str], shard: _Shard
     ) -> Iterator[tuple[int, Decoded]]:
         """Start a new decoder; blame the oldest clip, queue the others again."""
         rows = [row for row, _ in lane.queue]
         self._lanes[number] = self._start(number)
-        failures[rows[0]] = failures.get(rows[0], 0) + 1
-        if failures[rows[0]] >= MAX_CLIP_ATTEMPTS:
+        shard.failures[rows[0]] = shard.failures.get(rows[0], 0) + 1
+        if shard.failures[rows[0]] >= MAX_CLIP_ATTEMPTS:
             yield rows.pop(0), _failed(status[0], f"{status[1]}, {MAX_CLIP_ATTEMPTS} times")
-        waiting.extendleft(reversed(rows))
+        shard.waiting.extendleft(reversed(rows))
 
 
 def _failed(status: str, message: str) -> Decoded:
@@ -209,6 +207,9 @@ class EncoderActor:
     """The head of a cell: encodes a shard at a time and owns the decoders beside it."""
 
     def __init__(self, job: Job, group: PlacementGroup, num_decoders: int) -> None:
+        # pyarrow takes 30 MB, which decoders, importing this module too, do without.
+        from pipeline.encoder import ShardEncoder
+
         self._encoder = ShardEncoder(job)
         self._pool = DecoderPool(job, group, num_decoders)
 

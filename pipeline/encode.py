@@ -23,8 +23,9 @@ from pipeline import format as fmt
 from pipeline.checks import DECISIONS, facts_directory, facts_path
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.duplicates import settle_duplicates
-from pipeline.encoder import Job, ShardTask, caption_key
+from pipeline.encoder import caption_key
 from pipeline.files import write_json
+from pipeline.jobs import Job, ShardTask
 from pipeline.plan import ensure_plan, read_captions, read_clips
 from pipeline.report import RunReport, column_totals, failures, print_table
 from pipeline.settings import ConfigError, dump, load

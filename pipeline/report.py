@@ -15,8 +15,8 @@ from tqdm import tqdm
 from pipeline import format as fmt
 from pipeline.checks import DECISIONS
 from pipeline.duplicates import Settled
-from pipeline.encoder import ShardUpdate
 from pipeline.files import write_json
+from pipeline.jobs import ShardUpdate
 
 
 class RunReport:

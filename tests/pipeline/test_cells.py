@@ -20,7 +20,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from pipeline import cells
 from pipeline.cells import CellError, DecoderPool, local_cluster
 from pipeline.config import CheckSettings, EncodeConfig, decode_settings
-from pipeline.encoder import Job
+from pipeline.jobs import Job
 from pipeline.media import Clip, Decoded
 from pipeline.mux import write_mp4
 
