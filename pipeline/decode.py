@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.audio import resample
-from pipeline.demux import AudioProbe, Probe, VideoProbe, probe
+from pipeline.demux import AudioProbe, Probe, VideoProbe, probing
 from pipeline.measures import picture_measures, sound_measures
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 from pipeline.picture import decode_picture
@@ -21,8 +21,8 @@ from pipeline.sound import decode_sound
 # A last frame counts when at most this share of its interval is missing: streams of "10 s" end
 # some milliseconds early as often as late, and 79 frames for 80 would waste the clip.
 LAST_FRAME_SLACK = 0.2
-# Lengths that differ by less are the same: sums of rounded timestamps.
-SAME_LENGTH_S = 1e-4
+# Lengths that differ by less are the same: Matroska rounds to 1 ms.
+SAME_LENGTH_S = 0.005
 
 
 def decode_clip(path: Path, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
@@ -41,20 +41,8 @@ def decode_clip(path: Path, clip: Clip, settings: DecodeSettings, wanted: set[st
     Raises:
         ClipError: ``missing`` or ``unreadable``: nothing in the file can be used.
     """
-    probed = probe(path, clip)
-    duration_s, shares = _common_span(probed, clip)
-    facts = _facts(probed) | {"duration_s": duration_s}
-    problems: dict[str, tuple[str, str]] = {}
-    frames = sound = None
-    try:
-        frames = _decode_video(path, probed, clip, settings, facts, shares["video"], wanted)
-    except ClipError as error:
-        problems["video"] = (error.status, error.message)
-    try:
-        sound = _decode_audio(path, probed, clip, settings, facts, shares["audio"], wanted)
-    except ClipError as error:
-        problems["audio"] = (error.status, error.message)
-    return Decoded(frames, sound, problems, facts)
+    with probing(path, clip) as probed:
+        return _decode(probed, clip, settings, wanted)
 
 
 def read_sound(path: Path, sample_rate: int) -> np.ndarray:
@@ -63,19 +51,33 @@ def read_sound(path: Path, sample_rate: int) -> np.ndarray:
     Raises:
         ClipError: the file has no sound that can be decoded.
     """
-    probed = probe(path)
-    audio = probed.audio
-    if audio is None:
-        raise ClipError(
-            "no_audio", f"{path} has {probed.streams}, expected sound that can be decoded"
-        )
-    duration_s = audio.end_s - probed.zero_s
-    native, _ = decode_sound(path, audio, probed.zero_s, duration_s, channels=1)
+    with probing(path) as probed:
+        audio = probed.audio
+        if audio is None:
+            message = f"{path} has {probed.streams}, expected sound that can be decoded"
+            raise ClipError("no_audio", message)
+        duration_s = audio.end_s - probed.zero_s
+        native, _ = decode_sound(probed, audio, probed.zero_s, duration_s, channels=1)
     return _resampled(native, audio.sample_rate, sample_rate, duration_s)[0]
 
 
+def _decode(probed: Probe, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
+    duration_s, shares = _common_span(probed, clip)
+    facts = _facts(probed) | {"duration_s": duration_s}
+    problems: dict[str, tuple[str, str]] = {}
+    frames = sound = None
+    try:
+        frames = _decode_video(probed, clip, settings, facts, shares["video"], wanted)
+    except ClipError as error:
+        problems["video"] = (error.status, error.message)
+    try:
+        sound = _decode_audio(probed, clip, settings, facts, shares["audio"], wanted)
+    except ClipError as error:
+        problems["audio"] = (error.status, error.message)
+    return Decoded(frames, sound, problems, facts)
+
+
 def _decode_video(
-    path: Path,
     probed: Probe,
     clip: Clip,
     settings: DecodeSettings,
@@ -94,7 +96,7 @@ def _decode_video(
         raise _no_frame(facts["duration_s"], there_share, clip, settings)
     if "video" not in wanted:
         return None
-    picture = decode_picture(path, probed.video, probed.zero_s + clip.start_s, count, settings)
+    picture = decode_picture(probed, probed.video, probed.zero_s + clip.start_s, count, settings)
     microseconds = np.round((picture.pts_s - probed.zero_s) * 1e6).astype("<i8")
     facts |= picture_measures(picture.frames, settings.fps)
     facts["video_decoded_share"] = there_share * picture.decoded_share
@@ -105,7 +107,6 @@ def _decode_video(
 
 
 def _decode_audio(
-    path: Path,
     probed: Probe,
     clip: Clip,
     settings: DecodeSettings,
@@ -123,7 +124,7 @@ def _decode_audio(
     if "audio" not in wanted:
         return None
     first_s = probed.zero_s + clip.start_s
-    native, decoded_share = decode_sound(path, audio, first_s, duration_s, settings.channels)
+    native, decoded_share = decode_sound(probed, audio, first_s, duration_s, settings.channels)
     facts |= sound_measures(native, audio.sample_rate)
     facts["audio_decoded_share"] = there_share * decoded_share
     return _resampled(native, audio.sample_rate, settings.sample_rate, duration_s)

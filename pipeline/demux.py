@@ -12,20 +12,19 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
 
 from pipeline.media import Clip, ClipError
+from pipeline.tracks import Track
 
-# Containers whose index makes a seek land on the keyframe that was asked for.
-INDEXED_FORMATS = frozenset(("mov", "matroska"))
-# Containers that store no presentation times: FFmpeg counts packets in the order of decoding.
-UNTIMED_FORMATS = frozenset(("avi",))
+OPEN_OPTIONS = {"protocol_whitelist": "file"}
 # A file that goes on for longer than this behind a clip is not demuxed whole.
 LONG_S = 30.0
 # Enough of a long file's beginning to know its first shown frame: frames are stored out of order
@@ -34,11 +33,6 @@ HEAD_S = 2.0
 # How far before a clip to seek: keyframes are 1 to 10 s apart, and some demuxers miss by more.
 RUN_UPS_S = (1.0, 12.0, 60.0)
 TAIL_S = 10.0
-# One packet holds a frame, but for fields, and frames that are never shown.
-FIRST_PACKETS = 3
-OPEN_OPTIONS = {"protocol_whitelist": "file"}
-# A gap of more frames than this in a film of constant rate is a hole where nothing counts frames.
-HOLE_FRAMES = 2.5
 UNSPECIFIED_MATRIX = 2  # of AVColorSpace
 
 av.logging.set_level(None)
@@ -55,14 +49,11 @@ class VideoProbe:
         pts_s: float64 [frames], sorted times of the frames that are shown.
         end_s: when the last of them ends.
         length_s: of the whole stream.
-        declared_end_s: when the stream should end by the container's index; -inf: it doesn't say.
-        hidden_frames: frames needed for decoding only (an edit list cuts them off).
-        exact_seek: whether decoding can start at every keyframe, and no earlier frame comes out.
-        in_order: frames are known by their order of presentation, not by their timestamps.
-        shown_at_most_s: a frame that is presented for longer is followed by a hole in the file.
-        seek_s: where to seek before decoding a part of a long file; -inf: nowhere; None: the
-            whole file was read.
-        encrypted: by a DRM scheme.
+        declared_end_s: when the stream should end by the container's count or index.
+        hidden_frames: frames needed for decoding only, or not to be decoded.
+        holes: (time of the frame before, frames lost).
+        whole: whether ``pts_s`` is of the whole file.
+        track: the packets.
     """
 
     codec: str
@@ -77,11 +68,9 @@ class VideoProbe:
     length_s: float
     declared_end_s: float
     hidden_frames: int
-    exact_seek: bool
-    in_order: bool
-    shown_at_most_s: float
-    seek_s: float | None
-    encrypted: bool
+    holes: list[tuple[float, int]]
+    whole: bool
+    track: Track = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -95,7 +84,7 @@ class AudioProbe:
     end_s: float
     length_s: float
     declared_end_s: float
-    encrypted: bool
+    track: Track = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -103,117 +92,43 @@ class Probe:
     """Both streams of a file; None where there is none that can be decoded.
 
     Attributes:
+        path: of the file.
         zero_s: presentation time of the file's second 0.
         content_hash: of the packets of both streams that belong to the clip, "" without one.
         streams: what the file holds, for messages.
+        window: of a long file: index of the stream and time to seek to, to read it again.
     """
 
+    path: Path
     video: VideoProbe | None
     audio: AudioProbe | None
     zero_s: float
     content_hash: str
     streams: str
+    window: tuple[int, float | None] | None
 
+    def packets(self, track: Track, place: int) -> Iterator[tuple[Any, av.Packet | None]]:
+        """Yield (codec context, packet) from a place on, then None for what the codec holds back.
 
-class _Packet(NamedTuple):
-    """One packet's times in ticks of its stream, and what else is asked of it later."""
-
-    pts: int
-    dts: int
-    duration: int
-    hidden: bool
-    keyframe: bool
-    encrypted: bool
-    digest: bytes
-
-
-class _Track:
-    """A stream and the packets read of it."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-        self.tick_s = float(stream.time_base)
-        self.is_video = stream.type == "video"
-        self.in_order = not UNTIMED_FORMATS.isdisjoint(stream.container.format.name.split(","))
-        self.packets: list[_Packet] = []
-        self.first: list[av.Packet] = []  # for a look at the first frame
-
-    def add(self, packet: av.Packet) -> None:
-        """Note a packet; without any timestamp nothing can be done with it."""
-        pts, dts = packet.pts, packet.dts
-        if pts is None or (self.in_order and dts is not None):
-            pts = dts
-        if pts is None or not packet.size:
-            return
-        if self.is_video and len(self.first) < FIRST_PACKETS:
-            self.first.append(packet)
-        self.packets.append(
-            _Packet(
-                pts,
-                pts if dts is None else dts,
-                packet.duration or 0,
-                packet.is_discard,
-                packet.is_keyframe,
-                packet.has_sidedata("encryption_info"),
-                hashlib.blake2b(packet, digest_size=16).digest(),
-            )
-        )
-
-    def finish(self) -> None:
-        """Hide what can't be decoded: frames before the first keyframe, in the file or in time.
-
-        A recording that starts between keyframes, or with an open group, has such frames.
+        The packets that the probe read are given, or read again where they were too many.
         """
-        places = [place for place, packet in enumerate(self.packets) if packet.keyframe]
-        if not places or not self.is_video:
+        if track.kept is not None:
+            context = track.stream.codec_context
+            if context.is_open:
+                context.flush_buffers()
+            for packet in track.kept[place:]:
+                yield context, packet
+            yield context, None
             return
-        first_pts = self.packets[places[0]].pts
-        for place, packet in enumerate(self.packets):
-            if place < places[0] or packet.pts < first_pts:
-                self.packets[place] = packet._replace(hidden=True)
-
-    @property
-    def shown(self) -> list[_Packet]:
-        """The packets that are shown; all where that would leave no sound."""
-        shown = [packet for packet in self.packets if not packet.hidden]
-        return shown if shown or self.is_video else self.packets
-
-    @property
-    def usable(self) -> bool:
-        """Whether there is anything to decode."""
-        if self.is_video:
-            return bool(self.stream.width and self.stream.height and self.shown)
-        context = self.stream.codec_context
-        return bool(context.sample_rate and context.channels and self.packets)
-
-    @property
-    def start_s(self) -> float:
-        """When the stream begins; sound: later than its first packet by the encoder's priming."""
-        start = min(packet.pts for packet in self.shown)
-        if not self.is_video and self.stream.start_time is not None:
-            start = max(start, self.stream.start_time)
-        return start * self.tick_s
-
-    @property
-    def end_s(self) -> float:
-        """When what was read of the stream ends."""
-        shown = self.shown
-        if not self.is_video:
-            return max(packet.pts + packet.duration for packet in shown) * self.tick_s
-        last, duration = max((packet.pts, packet.duration) for packet in shown)
-        step = self.step  # some headers give every frame 1 ms
-        return (last + (duration if duration >= step / 2 else step)) * self.tick_s
-
-    @property
-    def step(self) -> float:
-        """The usual ticks from one shown frame to the next."""
-        pts = sorted(packet.pts for packet in self.shown)
-        return float(np.median(np.diff(pts))) if len(pts) > 1 else 0.0
-
-    @property
-    def read_to_s(self) -> float:
-        """All that is presented before this time has been read."""
-        return self.packets[-1].dts * self.tick_s if self.packets else -math.inf
+        with open_media(self.path) as container:
+            stream = container.streams[track.stream.index]
+            stream.codec_context.thread_count = 1
+            if self.window and self.window[1] is not None:
+                _seek(container, container.streams[self.window[0]], self.window[1])
+            for packet in islice(_packets(container, stream), place, None):
+                if packet.size:
+                    yield stream.codec_context, packet
+            yield stream.codec_context, None
 
 
 def open_media(path: Path) -> Any:
@@ -224,28 +139,27 @@ def open_media(path: Path) -> Any:
     return av.open(str(path), metadata_errors="replace", options=OPEN_OPTIONS)
 
 
-def packets_of(container: Any, *streams: Any) -> Iterator[av.Packet]:
-    """Demux to the end of the file, or to where it can't be read on."""
-    try:
-        yield from container.demux(*streams)
-    except (av.FFmpegError, OSError, ValueError):
-        return  # what is missing behind is found by comparing with what the index promises
-
-
 def probe(path: Path, clip: Clip | None = None) -> Probe:
     """Read the timestamps of a file, or of the part of a long file that holds a clip.
 
     Raises:
         ClipError: ``missing`` or ``unreadable``.
     """
-    with _opened(path) as (container, streams):
+    with probing(path, clip) as probed:
+        return probed
+
+
+@contextmanager
+def probing(path: Path, clip: Clip | None = None) -> Iterator[Probe]:
+    """Probe as ``probe`` does, and keep the file open, to decode what was read."""
+    with ExitStack() as stack:
+        container = stack.enter_context(_open(path))
+        probed = None
         if clip and _header_s(container) > clip.start_s + clip.duration_s + LONG_S:
-            probed = _probe_window(container, streams, clip)
-            if probed:
-                return probed
-    with _opened(path) as (container, streams):
-        tracks = _read(container, streams)
-        return _probed(container, tracks, _zero_s(tracks), clip, seek_s=None)
+            probed = _probe_window(path, container, clip)
+            if probed is None:
+                container = stack.enter_context(_open(path))
+        yield probed or _probe_whole(path, container, clip)
 
 
 def media_length(path: Path) -> float:
@@ -256,10 +170,10 @@ def media_length(path: Path) -> float:
     Raises:
         ClipError: ``missing`` or ``unreadable``.
     """
-    with _opened(path) as (container, streams):
+    with _open(path) as container:
         header_s = _header_s(container)
         if header_s > LONG_S + TAIL_S:
-            heads = _read(container, streams, _begins_s(streams) + HEAD_S)
+            heads = _read_head(container, HEAD_S)
             there = [track.stream for track in heads if track.usable]
             zero_s = _zero_s(heads)
             if there and _seek(container, there[0], zero_s + header_s - TAIL_S):
@@ -271,57 +185,33 @@ def media_length(path: Path) -> float:
     return min(ends_s) - probed.zero_s
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, list[Any]]]:
-    """Open a file; yield it and its streams that can be decoded, the picture first."""
+def _open(path: Path) -> Any:
     try:
-        with open_media(path) as container:
-            best = [container.streams.best(kind) for kind in ("video", "audio")]
-            # A stream of a codec that this FFmpeg can't decode has no codec context.
-            yield container, [stream for stream in best if stream and stream.codec_context]
+        return open_media(path)
     except FileNotFoundError:
         raise ClipError("missing", f"found no file {path.name}, expected a media file") from None
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise ClipError(
-            "unreadable", f"FFmpeg can't open it: {_reason(error)}; expected a media file"
-        ) from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        message = f"FFmpeg can't open it: {reason.lower()}; expected a media file"
+        raise ClipError("unreadable", message) from None
 
 
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
+def _streams(container: Any) -> list[Any]:
+    """Return the streams that can be decoded: the best picture, then the best sound."""
+    best = [container.streams.best(kind) for kind in ("video", "audio")]
+    # A stream of a codec that this FFmpeg can't decode has no codec context.
+    streams: list[Any] = [stream for stream in best if stream and stream.codec_context]
+    for stream in streams:
+        stream.codec_context.thread_count = 1
+    return streams
 
 
-def _header_s(container: Any) -> float:
-    return (container.duration or 0) / 1e6
-
-
-def _begins_s(streams: list[Any]) -> float:
-    """Return when a file begins by its header."""
-    begin = streams[0].start_time if streams else None
-    return float((begin or 0) * streams[0].time_base) if streams else 0.0
-
-
-def _zero_s(tracks: list[_Track]) -> float:
-    """Return when the first stream starts: that of the picture where there is one."""
-    return next((track.start_s for track in tracks if track.usable), 0.0)
-
-
-def _read(container: Any, streams: list[Any], to_s: float = math.inf) -> list[_Track]:
-    """Read the packets of all that is presented before ``to_s``.
-
-    A stream that lags behind by more than ``LONG_S`` has nothing there.
-    """
-    tracks = [_Track(stream) for stream in streams]
-    by_index = {track.stream.index: track for track in tracks}
-    for packet in packets_of(container, *streams) if streams else ():
-        by_index[packet.stream.index].add(packet)
-        if to_s < math.inf:
-            read_to_s = [track.read_to_s for track in tracks]
-            if min(read_to_s) >= to_s or max(read_to_s) >= to_s + LONG_S:
-                break
-    for track in tracks:
-        track.finish()
-    return tracks
+def _packets(container: Any, *streams: Any) -> Iterator[av.Packet]:
+    """Demux to the end of the file, or to where it can't be read on."""
+    try:
+        yield from container.demux(*streams)
+    except (av.FFmpegError, OSError, ValueError):
+        return  # what is missing behind is found by comparing with what the index promises
 
 
 def _seek(container: Any, stream: Any, to_s: float) -> bool:
@@ -333,49 +223,97 @@ def _seek(container: Any, stream: Any, to_s: float) -> bool:
     return True
 
 
-def _probe_window(container: Any, streams: list[Any], clip: Clip) -> Probe | None:
+def _header_s(container: Any) -> float:
+    return (container.duration or 0) / 1e6
+
+
+def _zero_s(tracks: list[Track]) -> float:
+    """Return when the first stream starts: that of the picture where there is one."""
+    return next((track.start_s for track in tracks if track.usable), 0.0)
+
+
+def _read(container: Any, streams: list[Any], to_s: float = math.inf) -> list[Track]:
+    """Read the packets of all that is presented before ``to_s``.
+
+    A stream that lags behind by more than ``LONG_S`` has nothing there.
+    """
+    tracks = [Track(stream) for stream in streams]
+    by_index = {track.stream.index: track for track in tracks}
+    for packet in _packets(container, *streams) if streams else ():
+        by_index[packet.stream.index].add(packet)
+        if to_s < math.inf:
+            read_to_s = [track.read_to_s for track in tracks]
+            if min(read_to_s) >= to_s or max(read_to_s) >= to_s + LONG_S:
+                break
+    for track in tracks:
+        track.finish()
+    return tracks
+
+
+def _read_head(container: Any, length_s: float) -> list[Track]:
+    streams = _streams(container)
+    begins_s = float((streams[0].start_time or 0) * streams[0].time_base) if streams else 0.0
+    return _read(container, streams, begins_s + length_s)
+
+
+def _probe_whole(path: Path, container: Any, clip: Clip | None) -> Probe:
+    tracks = _read(container, _streams(container))
+    return _probed(path, container, tracks, _zero_s(tracks), clip)
+
+
+def _probe_window(path: Path, container: Any, clip: Clip) -> Probe | None:
     """Probe the part of a long file that holds a clip; None where no seek leads there."""
     near = clip.start_s <= RUN_UPS_S[-1]
-    head_s = clip.start_s + clip.duration_s if near else 0.0
-    heads = _read(container, streams, _begins_s(streams) + head_s + HEAD_S)
-    there = [track.stream for track in heads if track.usable]
+    heads = _read_head(container, HEAD_S + (clip.start_s + clip.duration_s if near else 0.0))
+    heads = [track for track in heads if track.usable]
     zero_s = _zero_s(heads)
-    if near and there:
-        return _probed(container, heads, zero_s, clip, seek_s=-math.inf)
-    for run_up_s in RUN_UPS_S if there else ():
+    if near and heads:
+        return _probed(path, container, heads, zero_s, clip, (heads[0].stream.index, None))
+    for run_up_s in RUN_UPS_S if heads else ():
         seek_s = zero_s + clip.start_s - run_up_s
-        if not _seek(container, there[0], seek_s):
+        if not _seek(container, heads[0].stream, seek_s):
             return None
-        tracks = _read(container, there, zero_s + clip.start_s + clip.duration_s + HEAD_S)
-        usable_heads = [head for head in heads if head.usable]
-        for track, head in zip(tracks, usable_heads, strict=True):
-            track.first = head.first
+        end_s = zero_s + clip.start_s + clip.duration_s
+        tracks = _read(container, [track.stream for track in heads], end_s + HEAD_S)
+        for place, track in enumerate(tracks):
             if not track.usable:  # it has ended before
-                track.packets = head.packets
-        if tracks[0].usable and tracks[0].start_s <= zero_s + clip.start_s:
-            return _probed(container, tracks, zero_s, clip, seek_s=seek_s)
+                tracks[place] = heads[place]
+        if tracks[0].start_s <= zero_s + clip.start_s:
+            window = (heads[0].stream.index, seek_s)
+            return _probed(path, container, tracks, zero_s, clip, window)
     return None
 
 
 def _probed(
-    container: Any, tracks: list[_Track], zero_s: float, clip: Clip | None, seek_s: float | None
+    path: Path,
+    container: Any,
+    tracks: list[Track],
+    zero_s: float,
+    clip: Clip | None,
+    window: tuple[int, float | None] | None = None,
 ) -> Probe:
     usable = {track.is_video: track for track in tracks if track.usable}
     if not usable:
         message = f"found {_describe(container)}, expected picture or sound that can be decoded"
         raise ClipError("unreadable", message)
-    missing_s = _missing_s(container, list(usable.values())) if seek_s is None else 0.0
+    missing_s = 0.0 if window else _missing_s(container, list(usable.values()))
+    content = hashlib.blake2b(digest_size=16)
+    for track in tracks if clip else ():
+        from_s = zero_s + clip.start_s if clip else 0.0
+        content.update(track.content(from_s, from_s + clip.duration_s if clip else 0.0))
     return Probe(
-        video=_video_probe(usable[True], seek_s, missing_s) if True in usable else None,
-        audio=_audio_probe(usable[False], seek_s, missing_s) if False in usable else None,
+        path=path,
+        video=_video_probe(usable[True], window is None, missing_s) if True in usable else None,
+        audio=_audio_probe(usable[False], window is None, missing_s) if False in usable else None,
         zero_s=zero_s,
+        content_hash=content.hexdigest() if clip else "",
         streams=_describe(container),
-        content_hash=_content_hash(tracks, zero_s + clip.start_s, clip.duration_s) if clip else "",
+        window=window,
     )
 
 
 def _describe(container: Any) -> str:
-    """Name the streams of a file: "video h264, audio of a codec that FFmpeg doesn't know"."""
+    """Name the streams of a file: "video h264, audio of a codec that FFmpeg can't decode"."""
     names = [
         f"{stream.type} {stream.codec_context.name}"
         if stream.codec_context
@@ -385,43 +323,25 @@ def _describe(container: Any) -> str:
     return ", ".join(names) or "no stream"
 
 
-def _missing_s(container: Any, tracks: list[_Track]) -> float:
-    """Return how much earlier all streams end than a Matroska header says; it counts no frames."""
-    if "matroska" not in container.format.name or not container.duration:
+def _missing_s(container: Any, tracks: list[Track]) -> float:
+    """Return how much earlier all streams end than a Matroska header says; it counts no frames.
+
+    Where there are others, such as subtitles, the length may be theirs.
+    """
+    matroska = "matroska" in container.format.name and container.duration
+    if not matroska or len(container.streams) > len(tracks):
         return 0.0
     return max(_header_s(container) - max(track.end_s for track in tracks), 0.0)
 
 
-def _shown_at_most_s(track: _Track, pts_s: np.ndarray) -> float:
-    """Return after which time a frame is overdue; inf: the rate varies, or frames are counted."""
-    steps_s = np.diff(pts_s)
-    if track.stream.frames or len(steps_s) < 10:
-        return math.inf
-    step_s = float(np.median(steps_s))
-    regular = np.abs(steps_s - step_s) <= max(0.1 * step_s, 0.0015)
-    return HOLE_FRAMES * step_s if regular.mean() >= 0.9 else math.inf
-
-
-def _content_hash(tracks: list[_Track], from_s: float, duration_s: float) -> str:
-    """Hash the packets that are presented in a span, stream by stream in order of decoding."""
-    content = hashlib.blake2b(digest_size=16)
-    for track in tracks:
-        first, last = from_s / track.tick_s, (from_s + duration_s) / track.tick_s
-        for packet in track.packets:
-            if packet.pts < last and packet.pts + packet.duration > first:
-                content.update(packet.digest)
-    return content.hexdigest()
-
-
-def _video_probe(track: _Track, seek_s: float | None, missing_s: float) -> VideoProbe:
-    stream, shown = track.stream, track.shown
-    pts_s = np.array(sorted(packet.pts for packet in shown)) * track.tick_s
+def _video_probe(track: Track, whole: bool, missing_s: float) -> VideoProbe:
+    stream = track.stream
     length_s = track.end_s - track.start_s
     declared_end_s = track.end_s + missing_s
-    if seek_s is not None:
+    if not whole:
         declared_end_s, length_s = _by_index(track)
-    elif stream.frames and len(track.packets) > 1:
-        declared_end_s = track.start_s + stream.frames / len(track.packets) * length_s
+    elif stream.frames and len(track.timings) > 1:
+        declared_end_s = track.start_s + stream.frames / len(track.timings) * length_s
     rotation, mirrored, matrix_tagged = _look(track)
     return VideoProbe(
         codec=stream.codec_context.name,
@@ -431,27 +351,25 @@ def _video_probe(track: _Track, seek_s: float | None, missing_s: float) -> Video
         rotation=rotation,
         mirrored=mirrored,
         matrix_tagged=matrix_tagged,
-        pts_s=pts_s,
+        pts_s=np.array(sorted(timing.pts for timing in track.shown)) * track.tick_s,
         end_s=track.end_s,
         length_s=length_s,
         declared_end_s=declared_end_s,
-        hidden_frames=len(track.packets) - len(shown),
-        exact_seek=_has_exact_seek(track),
-        in_order=track.in_order,
-        shown_at_most_s=_shown_at_most_s(track, pts_s),
-        seek_s=seek_s,
-        encrypted=any(packet.encrypted for packet in track.packets),
+        hidden_frames=len(track.timings) - len(track.shown),
+        holes=track.holes(),
+        whole=whole,
+        track=track,
     )
 
 
-def _audio_probe(track: _Track, seek_s: float | None, missing_s: float) -> AudioProbe:
+def _audio_probe(track: Track, whole: bool, missing_s: float) -> AudioProbe:
     stream, context = track.stream, track.stream.codec_context
     length_s = track.end_s - track.start_s
     declared_end_s = track.end_s + missing_s
-    if seek_s is not None:
+    if not whole:
         declared_end_s, length_s = _by_index(track)
     elif stream.frames and context.frame_size:  # counted in packets, priming and padding too
-        declared_end_s = track.start_s + stream.frames / len(track.packets) * length_s
+        declared_end_s = track.start_s + stream.frames / len(track.timings) * length_s
     elif stream.frames:  # PCM is counted in samples
         declared_end_s = track.start_s + stream.frames / context.sample_rate
     return AudioProbe(
@@ -462,11 +380,11 @@ def _audio_probe(track: _Track, seek_s: float | None, missing_s: float) -> Audio
         end_s=track.end_s,
         length_s=length_s,
         declared_end_s=declared_end_s,
-        encrypted=any(packet.encrypted for packet in track.packets),
+        track=track,
     )
 
 
-def _by_index(track: _Track) -> tuple[float, float]:
+def _by_index(track: Track) -> tuple[float, float]:
     """Return when a stream of which a part was read ends at least, and its length."""
     entries = track.stream.index_entries
     declared_end_s = entries[-1].timestamp * track.tick_s if len(entries) else -math.inf
@@ -475,34 +393,15 @@ def _by_index(track: _Track) -> tuple[float, float]:
     return declared_end_s, length_s
 
 
-def _has_exact_seek(track: _Track) -> bool:
-    """Whether the container has an index and no frame is shown before the keyframe it follows."""
-    if INDEXED_FORMATS.isdisjoint(track.stream.container.format.name.split(",")):
-        return False
-    keyframe_pts = math.inf
-    for packet in track.packets:
-        if packet.keyframe:
-            keyframe_pts = packet.pts
-        elif packet.pts < keyframe_pts:
-            return False
-    return True
-
-
-def _look(track: _Track) -> tuple[int, bool, bool]:
-    """Decode a first frame: rotation, mirrored, and whether its colours are tagged.
-
-    The container is not read again: its decoder gets the first packets, and is flushed.
-    """
+def _look(track: Track) -> tuple[int, bool, bool]:
+    """Decode a first frame: rotation, mirrored, and whether its colours are tagged."""
     context = track.stream.codec_context
-    context.thread_count = 1
-    for count in {1, len(track.first)}:
-        try:
-            frames = [frame for packet in track.first[:count] for frame in context.decode(packet)]
-            frames += context.decode(None)
-            context.flush_buffers()
-        except av.FFmpegError:
-            context.flush_buffers()
-            continue
+    for count in sorted({1, len(track.first)}):
+        frames = []
+        for packet in (*track.first[:count], None):
+            with suppress(av.FFmpegError):
+                frames += context.decode(packet)
+        context.flush_buffers()
         for frame in frames:
             return *_orientation(frame), frame.colorspace != UNSPECIFIED_MATRIX
     return 0, False, False  # nothing decodes: the frame count will tell

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from fractions import Fraction
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
 
 from pipeline.audio import resample
-from pipeline.demux import AudioProbe, open_media, packets_of
+from pipeline.demux import AudioProbe, Probe
 from pipeline.media import ClipError
 
 # Encoders put up to this much in front of the sound (AAC: 2,112 samples) for decoders to drop.
@@ -19,8 +17,6 @@ MAX_PRIMING_S = 0.1
 # Timestamps that differ by less from the count of samples say the same: Matroska and FLV round
 # to 1 ms, so the first one and a later one are up to 1 ms apart. Beyond it, there is a gap.
 ROUNDING_S = 0.0012
-# Codecs need a run-up behind a seek: a second is over 40 packets of AAC.
-RUN_UP_S = 1.0
 INTEGER_SCALE = {"u1": 2.0**7, "i2": 2.0**15, "i4": 2.0**31, "i8": 2.0**63}
 
 
@@ -33,15 +29,15 @@ class _Piece(NamedTuple):
 
 
 def decode_sound(
-    path: Path, audio: AudioProbe, first_s: float, duration_s: float, channels: int
+    probed: Probe, audio: AudioProbe, first_s: float, duration_s: float, channels: int
 ) -> tuple[np.ndarray, float]:
     """Decode PCM of a span at the rate of ``audio``.
 
     Late sound is preceded by silence, early sound is cut; gaps in the timestamps stay gaps.
 
     Args:
-        path: the media file.
-        audio: its sound, see ``pipeline.demux``.
+        probed: the media file, still open (``pipeline.demux.probing``).
+        audio: its sound.
         first_s: presentation time at which the span starts.
         duration_s: its length; the sound should be there until its end.
         channels: 1 averages, 2 keeps stereo and doubles everything else.
@@ -53,12 +49,12 @@ def decode_sound(
     Raises:
         ClipError: ``truncated``: not one sample can be decoded.
     """
-    if audio.encrypted:
+    if audio.track.encrypted:
         raise ClipError("truncated", "the sound is encrypted (DRM), expected an unprotected file")
     rate_hz = audio.sample_rate
     native = np.zeros((channels, round(duration_s * rate_hz)), dtype=np.float32)
     filled, begins_s = 0, audio.start_s + MAX_PRIMING_S
-    for piece in _pieces(_decoded(path, audio, first_s, first_s + duration_s, channels)):
+    for piece in _pieces(_decoded(probed, audio, first_s, first_s + duration_s), channels):
         begins_s = min(begins_s, max(piece.pts_s, audio.start_s))
         samples = resample(piece.samples, piece.rate_hz, rate_hz)
         start = round((piece.pts_s - first_s) * rate_hz)
@@ -72,52 +68,50 @@ def decode_sound(
     return native, min(filled / expected, 1.0) if expected > 0 else 1.0
 
 
-def _pieces(decoded: Iterator[_Piece]) -> Iterator[_Piece]:
+def _pieces(decoded: Iterator[_Piece], channels: int) -> Iterator[_Piece]:
     """Join what follows each other: frame by frame, rounded timestamps would tear the sound."""
     joined: list[_Piece] = []
     ends_s = 0.0
     for piece in decoded:
-        first = joined[0] if joined else piece
-        if piece.rate_hz != first.rate_hz or abs(piece.pts_s - ends_s) > ROUNDING_S:
-            if joined:
-                yield _join(joined)
-            joined, ends_s = [], piece.pts_s
+        if joined and (not _alike(piece, joined[0]) or abs(piece.pts_s - ends_s) > ROUNDING_S):
+            yield _join(joined, channels)
+            joined = []
+        if not joined:
+            ends_s = piece.pts_s
         joined.append(piece)
         ends_s += piece.samples.shape[1] / piece.rate_hz
     if joined:
-        yield _join(joined)
+        yield _join(joined, channels)
 
 
-def _join(pieces: list[_Piece]) -> _Piece:
+def _alike(one: _Piece, other: _Piece) -> bool:
+    return one.rate_hz == other.rate_hz and len(one.samples) == len(other.samples)
+
+
+def _join(pieces: list[_Piece], channels: int) -> _Piece:
     """Join pieces at the median of where their timestamps put the first sample: 0.5 ms at most."""
-    samples = np.concatenate([piece.samples for piece in pieces], axis=1)
+    samples = _mix(np.concatenate([piece.samples for piece in pieces], axis=1), channels)
     ends = np.cumsum([piece.samples.shape[1] for piece in pieces])
     starts_s = np.concatenate([[0], ends[:-1]]) / pieces[0].rate_hz
     pts_s = np.median([piece.pts_s for piece in pieces] - starts_s)
     return _Piece(float(pts_s), pieces[0].rate_hz, samples)
 
 
-def _decoded(
-    path: Path, audio: AudioProbe, from_s: float, to_s: float, channels: int
-) -> Iterator[_Piece]:
-    """Yield every frame around the span, each at its own rate."""
-    with open_media(path) as container:
-        stream: Any = container.streams.best("audio")
-        stream.thread_count = 1
-        if from_s > audio.start_s + RUN_UP_S:
-            container.seek(int(Fraction(from_s - RUN_UP_S) / stream.time_base), stream=stream)
-        for packet in packets_of(container, stream):
-            try:
-                frames = packet.decode()
-            except av.FFmpegError:
-                continue  # the samples that are not there are counted above
-            for frame in frames:
-                if frame.pts is None or not frame.sample_rate:
-                    continue
-                pts_s = float(frame.pts * frame.time_base)
-                if pts_s >= to_s:
-                    return
-                yield _Piece(pts_s, frame.sample_rate, _mix(_samples(frame), channels))
+def _decoded(probed: Probe, audio: AudioProbe, from_s: float, to_s: float) -> Iterator[_Piece]:
+    """Yield every frame around the span, each at its own rate and with its own channels."""
+    track = audio.track
+    for context, packet in probed.packets(track, track.place_before(from_s)):
+        try:
+            frames = context.decode(packet)
+        except av.FFmpegError:
+            continue  # the samples that are not there are counted above
+        for frame in frames:
+            if frame.pts is None or not frame.sample_rate:
+                continue
+            pts_s = frame.pts * track.tick_s
+            if pts_s >= to_s:
+                return
+            yield _Piece(pts_s, frame.sample_rate, _samples(frame))
 
 
 def _samples(frame: av.AudioFrame) -> np.ndarray:

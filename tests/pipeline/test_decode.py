@@ -180,7 +180,7 @@ def test_frames_are_right_behind_a_seek(
 ):
     """decord counts frames after a seek: off in open groups and in files without an index."""
     if decoder == "pyav":
-        monkeypatch.setattr("pipeline.picture._decord_frames", lambda *arguments: None)
+        monkeypatch.setattr("pipeline.picture.decord_frames", lambda *arguments: None)
     encode_groups(tmp_path / name, codec, options, muxer_options)
     for start in (0, 11, 12, 13, 35, 60, 107):
         decoded = decode(tmp_path / name, clip_of(start / 25, 1.0))
@@ -501,7 +501,7 @@ def test_both_decoders_show_the_same_pictures(shared_clips, monkeypatch, folder)
     for path in paths:
         decoded = decode(path, clip_of(2.3, 1.0), wanted={"video"})
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.picture._decord_frames", lambda *arguments: None)
+            patch.setattr("pipeline.picture.decord_frames", lambda *arguments: None)
             other = decode(path, clip_of(2.3, 1.0), wanted={"video"})
         for ours, theirs in zip(decoded.frames, other.frames, strict=True):
             assert np.abs(ours.astype(float) - theirs).mean() < 6

@@ -1,0 +1,60 @@
+"""Which size a picture gets, and how: scaled, turned upright, then cropped or padded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.demux import VideoProbe
+from pipeline.media import DecodeSettings
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a coded frame becomes an output frame: scaled, turned, then cropped or padded."""
+
+    scaled_width: int  # of the coded frame, before it is turned
+    scaled_height: int
+    mirrored: bool  # left to right, before it is turned
+    quarter_turns: int  # counter-clockwise
+    height: int
+    width: int
+
+
+def fit_geometry(video: VideoProbe, settings: DecodeSettings) -> Geometry:
+    """Choose the size of nearest aspect ratio, and how the shown picture gets there."""
+    shown = (video.width * video.pixel_aspect, float(video.height))
+    turned = video.rotation % 180 == 90
+    shown_width, shown_height = reversed(shown) if turned else shown
+    height, width = min(
+        settings.sizes,
+        key=lambda size: abs(math.log(size[1] / size[0]) - math.log(shown_width / shown_height)),
+    )
+    ratios = width / shown_width, height / shown_height
+    scale = min(ratios) if settings.fit == "pad" else max(ratios)
+    scaled_width = max(1, round(shown_width * scale))
+    scaled_height = max(1, round(shown_height * scale))
+    if turned:
+        scaled_width, scaled_height = scaled_height, scaled_width
+    turns = video.rotation // 90
+    return Geometry(scaled_width, scaled_height, video.mirrored, turns, height, width)
+
+
+def centred(have: int, want: int) -> tuple[slice, slice]:
+    """Return which part of ``have`` pixels goes to which part of ``want``, both in the middle."""
+    size = min(have, want)
+    source, target = (have - size) // 2, (want - size) // 2
+    return slice(source, source + size), slice(target, target + size)
+
+
+def place(frames: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Crop the centre of frames [T, h, w, 3], or put them in the middle of black ones."""
+    if frames.shape[1:3] == (geometry.height, geometry.width):
+        return frames
+    rows, to_rows = centred(frames.shape[1], geometry.height)
+    columns, to_columns = centred(frames.shape[2], geometry.width)
+    placed = np.zeros((len(frames), geometry.height, geometry.width, 3), dtype=np.uint8)
+    placed[:, to_rows, to_columns] = frames[:, rows, columns]
+    return placed
