@@ -38,7 +38,7 @@ LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1"}
 # Nearly without loss, quick, one thread: what is off is off by the decoder.
 VIDEO_OPTIONS: dict[str, dict[str, str]] = {
     "libx264": {"preset": "veryfast", "qp": "8"},
-    "libx265": {"preset": "ultrafast", "x265-params": "qp=6:log-level=none:pools=none"},
+    "libx265": {"preset": "ultrafast", "x265-params": "qp=6:b-adapt=0:log-level=none:pools=none"},
     "libvpx": {"deadline": "realtime", "cpu-used": "8", "crf": "4", "b": "8M", "qmax": "8"},
     "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "crf": "4", "b": "0", "qmax": "10"},
     "libsvtav1": {"preset": "5", "qp": "4", "svtav1-params": "lp=1:rc=0:aq-mode=0"},

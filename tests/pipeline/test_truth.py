@@ -166,7 +166,9 @@ def test_window_is_found_a_minute_into_a_file(rendered, suffix):
     ],
 )  # fmt: skip
 def test_constant_rate(rendered, film_fps, out_fps):
-    film = Film(picture=Picture(fps=film_fps, seconds=3.5, b_frames=2))
+    # Four B-frames always, some of which others need.
+    pyramid = {"refs": "4", "b-pyramid": "normal", "b_strategy": "0"}
+    film = Film(picture=Picture(fps=film_fps, seconds=3.5, b_frames=4, options=pyramid))
     assert_true(film, rendered(film), fps=out_fps)
 
 
