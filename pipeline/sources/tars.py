@@ -1,5 +1,8 @@
 """WebDataset tars of media, as video2dataset writes them: key.mp4, key.txt and key.json together.
 
+The text is the caption; the JSON may have caption, label, split, start_s and duration_s, which mean
+what they mean in tables. Other members and other fields are ignored, and so are hidden members.
+
 A tar is read by its headers; only captions are read whole. What is damaged is an error: clips would
 be missing from the plan without a word.
 """
@@ -36,8 +39,6 @@ MAX_SIDECAR_BYTES = 16 << 20
 REQUEST_BYTES = 1 << 16
 # What tarfile raises on damage, beside its own errors.
 DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, MemoryError)
-
-
 # A member, and its content if it is a text.
 Member = tuple[tarfile.TarInfo, bytes | None]
 
