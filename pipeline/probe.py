@@ -9,22 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import re
 import signal
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.child import ChildProcess
 from pipeline.config import EncodeConfig, decode_settings
 from pipeline.media import Clip, ClipError, Decoded
 from pipeline.settings import ConfigError, dump, load
 
-START_TIMEOUT_S = 120.0  # to load torch and decord takes 3 s, and a minute on a busy machine
 USAGE_ERROR = 2
 # Which facts the table shows under which heading, with what follows the number.
 SHOWN_FACTS = {
@@ -56,112 +54,6 @@ SHOWN_FACTS = {
         "silent_share": "%",
     },
 }
-
-
-class ChildProcess:
-    """Calls a function in a process that is killed when it hangs and replaced when it dies.
-
-    Attributes:
-        timeout_s: of one call; the process may take longer to start.
-    """
-
-    def __init__(self, prepare: Callable[[], Callable[[Any], Any]], timeout_s: float) -> None:
-        """``prepare`` runs in the child, loads what is slow to load, and returns the function."""
-        self._prepare, self.timeout_s = prepare, timeout_s
-        self._process: Any = None
-
-    def __enter__(self) -> ChildProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def call(self, argument: Any) -> Any:
-        """Return what the function makes of ``argument``.
-
-        Raises:
-            ClipError: the function's own, ``decode_timeout``, or ``decode_crash`` where the
-                process died or the function raised anything else.
-        """
-        if self._process is None:
-            self._start()
-        try:
-            self._pipe.send(argument)
-            if not self._pipe.poll(self.timeout_s):
-                self._end()
-                raise ClipError(
-                    "decode_timeout",
-                    f"not decoded in {self.timeout_s:g} s and stopped, expected less: "
-                    "damaged, or decode_timeout_s is too short for it",
-                )
-            result = self._pipe.recv()
-        except (EOFError, ConnectionError):
-            cause = self._cause_of_death()
-            raise ClipError(
-                "decode_crash", f"the decoder died of it ({cause}), expected frames and sound"
-            ) from None
-        if isinstance(result, ClipError):
-            raise result
-        return result
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self._prepare), daemon=True)
-        with _child_ignores_ctrl_c():
-            self._process.start()
-        theirs.close()
-        try:
-            if self._pipe.poll(START_TIMEOUT_S) and self._pipe.recv() == "ready":
-                return
-            cause = f"nothing heard in {START_TIMEOUT_S:g} s"
-        except (EOFError, ConnectionError):
-            cause = self._cause_of_death()
-        self._end()
-        raise ConfigError(f"the decoder can't start ({cause}); is the installation whole?")
-
-    def _cause_of_death(self) -> str:
-        self._process.join(5)
-        code = self._process.exitcode
-        self._end()
-        if code is None or code >= 0:
-            return f"exit code {code}"
-        return signal.Signals(-code).name
-
-    def _end(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._pipe.close()
-            self._process = None
-
-
-@contextmanager
-def _child_ignores_ctrl_c() -> Any:
-    """The terminal sends it to the child too, which is ours to end, without a traceback."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _serve(pipe: Any, prepare: Callable[[], Callable[[Any], Any]]) -> None:
-    """Run in the child: answer calls until the other end is closed."""
-    function = prepare()
-    pipe.send("ready")
-    while True:
-        try:
-            argument = pipe.recv()
-        except EOFError:
-            return
-        try:
-            result = function(argument)
-        except ClipError as error:
-            result = ClipError(error.status, error.message)
-        except Exception as error:  # as the cell does: a bug costs one clip, not the run
-            result = ClipError("decode_crash", f"the decoder raised {error!r}, expected frames")
-        pipe.send(result)
 
 
 @dataclass(frozen=True)

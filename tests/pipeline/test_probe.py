@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from pipeline.checks import FACTS_SCHEMA
+from pipeline.child import ChildProcess
 from pipeline.media import ClipError
 from pipeline.mux import write_mp4
-from pipeline.probe import SHOWN_FACTS, ChildProcess, Verdict, as_json, as_table, printable
+from pipeline.probe import SHOWN_FACTS, Verdict, as_json, as_table, printable
 
 RATE = 16000
 
