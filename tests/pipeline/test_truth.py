@@ -84,7 +84,7 @@ CONTAINERS = {
     # AVI has no timestamps: sound starts with the encoder's priming.
     "avi mpeg4 mp3": Film("avi", MPEG4, MP3, sound_late_s=MP3_PRIMING / 44100),
     "avi mjpeg aac": Film("avi", MJPEG, sound_late_s=AAC_PRIMING / 44100),
-    # Nor does it say which frame is first: FFmpeg guesses that these start one frame late.
+    # Nor does it say which frame is first: FFmpeg has these start one frame late, our probe not.
     "avi mpeg4 with B-frames": Film("avi", replace(MPEG4, b_frames=2), PCM),
     "avi h264 pcm": Film("avi", sound=Sound("pcm_u8", 22050)),
     "avi h264 with B-frames": Film("avi", B_FRAMES, PCM),
