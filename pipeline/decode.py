@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.audio import resample
-from pipeline.demux import AudioProbe, Probe, VideoProbe, probing
+from pipeline.demux import Probe, probing
 from pipeline.measures import picture_measures, sound_measures
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 from pipeline.picture import decode_picture
 from pipeline.sound import decode_sound
+from pipeline.tracks import AudioProbe, VideoProbe
 
 # A last frame counts when at most this share of its interval is missing: streams of "10 s" end
 # some milliseconds early as often as late, and 79 frames for 80 would waste the clip.

@@ -18,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.demux import VideoProbe
 from pipeline.geometry import Geometry, place
-from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT
+from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT, VideoProbe
 
 # How FFmpeg's own lines start: "[h264 @ 0x5642] error while decoding MB 5 9".
 FFMPEG_LINE = re.compile(rb"\[[^\]]+ @ 0x[0-9a-f]+\]|    Last message repeated")

@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import av
 import numpy as np
 
 from pipeline.media import Clip, ClipError
-from pipeline.tracks import Track
+from pipeline.tracks import AudioProbe, Track, VideoProbe
 
 OPEN_OPTIONS = {"protocol_whitelist": "file"}
 # A file that goes on for longer than this behind a clip is not demuxed whole.
@@ -36,55 +36,6 @@ TAIL_S = 10.0
 UNSPECIFIED_MATRIX = 2  # of AVColorSpace
 
 av.logging.set_level(None)
-
-
-@dataclass(frozen=True)
-class VideoProbe:
-    """What demuxing says of the picture.
-
-    Attributes:
-        rotation: degrees by which frames are turned counter-clockwise to be upright.
-        mirrored: whether they are flipped left to right before that.
-        matrix_tagged: whether frames say how their colours are coded.
-        pts_s: float64 [frames], sorted times of the frames that are shown.
-        end_s: when the last of them ends.
-        length_s: of the whole stream.
-        declared_end_s: when the stream should end by the container's count or index.
-        hidden_frames: frames needed for decoding only, or not to be decoded.
-        holes: (time of the frame before, frames lost).
-        whole: whether ``pts_s`` is of the whole file.
-        track: the packets.
-    """
-
-    codec: str
-    width: int
-    height: int
-    pixel_aspect: float
-    rotation: int
-    mirrored: bool
-    matrix_tagged: bool
-    pts_s: np.ndarray
-    end_s: float
-    length_s: float
-    declared_end_s: float
-    hidden_frames: int
-    holes: list[tuple[float, int]]
-    whole: bool
-    track: Track = field(repr=False)
-
-
-@dataclass(frozen=True)
-class AudioProbe:
-    """What demuxing says of the sound; attributes as in ``VideoProbe``."""
-
-    codec: str
-    sample_rate: int
-    channels: int
-    start_s: float
-    end_s: float
-    length_s: float
-    declared_end_s: float
-    track: Track = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -247,7 +198,22 @@ def _read(container: Any, streams: list[Any], to_s: float = math.inf) -> list[Tr
                 break
     for track in tracks:
         track.finish()
+        if track.leading:
+            track.hide_leading(_decodable(track))
     return tracks
+
+
+def _decodable(track: Track) -> set[int]:
+    """Return which frames come out whole of a stream's first group, by their timestamps.
+
+    Frames that are shown before the first keyframe refer to a group before it, or do not.
+    """
+    context, decoded = track.stream.codec_context, set[int]()
+    for packet in (*(track.kept or [])[: track.leading[-1] + 1], None):
+        with suppress(av.FFmpegError):
+            decoded |= {frame.pts for frame in context.decode(packet) if not frame.is_corrupt}
+    context.flush_buffers()
+    return decoded
 
 
 def _read_head(container: Any, length_s: float) -> list[Track]:
@@ -323,6 +289,16 @@ def _describe(container: Any) -> str:
     return ", ".join(names) or "no stream"
 
 
+def _declared_end_s(track: Track, missing_s: float) -> float:
+    """Return when a stream ends by its own length in the header (Matroska), or by the file's."""
+    hours, _, rest = track.stream.metadata.get("DURATION", "").partition(":")
+    minutes, _, seconds = rest.partition(":")
+    try:
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return track.end_s + missing_s
+
+
 def _missing_s(container: Any, tracks: list[Track]) -> float:
     """Return how much earlier all streams end than a Matroska header says; it counts no frames.
 
@@ -337,7 +313,7 @@ def _missing_s(container: Any, tracks: list[Track]) -> float:
 def _video_probe(track: Track, whole: bool, missing_s: float) -> VideoProbe:
     stream = track.stream
     length_s = track.end_s - track.start_s
-    declared_end_s = track.end_s + missing_s
+    declared_end_s = _declared_end_s(track, missing_s)
     if not whole:
         declared_end_s, length_s = _by_index(track)
     elif stream.frames and len(track.timings) > 1:
@@ -365,7 +341,7 @@ def _video_probe(track: Track, whole: bool, missing_s: float) -> VideoProbe:
 def _audio_probe(track: Track, whole: bool, missing_s: float) -> AudioProbe:
     stream, context = track.stream, track.stream.codec_context
     length_s = track.end_s - track.start_s
-    declared_end_s = track.end_s + missing_s
+    declared_end_s = _declared_end_s(track, missing_s)
     if not whole:
         declared_end_s, length_s = _by_index(track)
     elif stream.frames and context.frame_size:  # counted in packets, priming and padding too

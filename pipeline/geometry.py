@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.demux import VideoProbe
 from pipeline.media import DecodeSettings
+from pipeline.tracks import VideoProbe
 
 
 @dataclass(frozen=True)

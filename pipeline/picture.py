@@ -15,10 +15,10 @@ from av.video.frame import PictureType
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from pipeline.decord_picture import decord_frames
-from pipeline.demux import UNSPECIFIED_MATRIX, Probe, VideoProbe
+from pipeline.demux import UNSPECIFIED_MATRIX, Probe
 from pipeline.geometry import Geometry, centred, fit_geometry
 from pipeline.media import ClipError, DecodeSettings
-from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT
+from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT, VideoProbe
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import av
 import numpy as np
 
 from pipeline.audio import resample
-from pipeline.demux import AudioProbe, Probe
+from pipeline.demux import Probe
 from pipeline.media import ClipError
+from pipeline.tracks import AudioProbe
 
 # Encoders put up to this much in front of the sound (AAC: 2,112 samples) for decoders to drop.
 MAX_PRIMING_S = 0.1

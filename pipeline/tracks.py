@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,55 @@ STEP_SHARE, STEP_S = 0.1, 0.0015
 # are many, frames were dropped when it was recorded, and only longer gaps are holes.
 FEW_HOLES = 3
 LONG_HOLE_STEPS = 2.5
+
+
+@dataclass(frozen=True)
+class VideoProbe:
+    """What demuxing says of the picture.
+
+    Attributes:
+        rotation: degrees by which frames are turned counter-clockwise to be upright.
+        mirrored: whether they are flipped left to right before that.
+        matrix_tagged: whether frames say how their colours are coded.
+        pts_s: float64 [frames], sorted times of the frames that are shown.
+        end_s: when the last of them ends.
+        length_s: of the whole stream.
+        declared_end_s: when the stream should end by the container's count or index.
+        hidden_frames: frames needed for decoding only, or not to be decoded.
+        holes: (time of the frame before, frames lost).
+        whole: whether ``pts_s`` is of the whole file.
+        track: the packets.
+    """
+
+    codec: str
+    width: int
+    height: int
+    pixel_aspect: float
+    rotation: int
+    mirrored: bool
+    matrix_tagged: bool
+    pts_s: np.ndarray
+    end_s: float
+    length_s: float
+    declared_end_s: float
+    hidden_frames: int
+    holes: list[tuple[float, int]]
+    whole: bool
+    track: Track = field(repr=False)
+
+
+@dataclass(frozen=True)
+class AudioProbe:
+    """What demuxing says of the sound; attributes as in ``VideoProbe``."""
+
+    codec: str
+    sample_rate: int
+    channels: int
+    start_s: float
+    end_s: float
+    length_s: float
+    declared_end_s: float
+    track: Track = field(repr=False)
 
 
 class Timing(NamedTuple):
@@ -53,6 +103,8 @@ class Track:
             in packets of their own.
         kept: the packets, None where they are too many bytes to keep.
         encrypted: by a DRM scheme.
+        leading: places of the packets shown before the first keyframe they follow.
+        lost_in_front: packets in front of the first keyframe.
         shown: the timings of what is shown; set by ``finish``.
     """
 
@@ -67,6 +119,8 @@ class Track:
         self.shown: list[Timing] = []
         self.kept: list[Any] | None = []
         self.first: list[Any] = []
+        self.leading: list[int] = []
+        self.lost_in_front = 0
         self.encrypted = False
         self._kept_bytes, self._place = 0, 0
 
@@ -100,15 +154,28 @@ class Track:
     def finish(self) -> None:
         """Find what is shown, when all has been read.
 
-        A recording that starts between keyframes, or with an open group, has frames that refer
-        to what is not there: before the first keyframe, in the file or in time. Nobody shows them.
+        A recording that starts between keyframes has frames that refer to what is not there.
+        Nobody shows them.
         """
-        places = [place for place, timing in enumerate(self.timings) if timing.keyframe]
-        if self.is_video and places:
-            first_pts = self.timings[places[0]].pts
-            for place, timing in enumerate(self.timings):
-                if place < places[0] or timing.pts < first_pts:
-                    self.timings[place] = timing._replace(hidden=True)
+        first = next((place for place, timing in enumerate(self.timings) if timing.keyframe), 0)
+        if self.is_video and first:
+            self.lost_in_front = sum(not timing.hidden for timing in self.timings[:first])
+            hidden = [timing._replace(hidden=True) for timing in self.timings[:first]]
+            self.timings[:first] = hidden
+        if self.is_video and self.timings and not self.in_order:
+            first_pts = self.timings[first].pts
+            shown = [timing for timing in self.timings[first:] if not timing.hidden]
+            self.leading = [timing.place for timing in shown if timing.pts < first_pts]
+        self._find_shown()
+
+    def hide_leading(self, decodable: set[int]) -> None:
+        """Hide the frames shown before the first keyframe, but for those of these timestamps."""
+        for place, timing in enumerate(self.timings):
+            if timing.place in self.leading and timing.pts not in decodable:
+                self.timings[place] = timing._replace(hidden=True)
+        self._find_shown()
+
+    def _find_shown(self) -> None:
         self.shown = [timing for timing in self.timings if not timing.hidden]
         if not self.is_video and not self.shown:
             self.shown = self.timings
@@ -172,13 +239,18 @@ class Track:
         return places[-back] if len(places) >= back else 0
 
     def holes(self) -> list[tuple[float, int]]:
-        """Return (time of the frame before, frames lost) where a film of constant rate has gaps.
+        """Return (time of a frame beside it, frames lost) of every hole in the picture.
 
-        Only where nothing counts the frames: there, the count tells.
+        Where the container counts frames, those in front of the first keyframe are lost if by
+        the index they begin with one; elsewhere, gaps in a film of constant rate are holes.
         """
+        if self.stream.frames:
+            index = self.stream.index_entries
+            damaged = self.lost_in_front and len(index) and index[0].is_keyframe
+            return [(self.start_s, self.lost_in_front)] if damaged else []
         pts_s = np.array(sorted(timing.pts for timing in self.shown)) * self.tick_s
         steps_s = np.diff(pts_s)
-        if self.stream.frames or len(steps_s) < 10:
+        if len(steps_s) < 10:
             return []
         step_s = float(np.median(steps_s))
         regular = np.abs(steps_s - step_s) <= max(STEP_SHARE * step_s, STEP_S)
