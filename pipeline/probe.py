@@ -104,7 +104,9 @@ def _plain(value: Any) -> Any:
 def main() -> None:
     """Parse the command line and print a verdict per file; exit 1 where one is not ok."""
     arguments, files, config = parse(sys.argv[1:])
-    duration_s = arguments.duration or config.windows.seconds or config.clip.seconds
+    duration_s = config.windows.seconds or config.clip.seconds
+    if arguments.duration is not None:
+        duration_s = arguments.duration
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     all_ok = True
