@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ import numpy as np
 from pipeline.media import Clip, ClipError
 from pipeline.tracks import AudioProbe, Track, VideoProbe
 
-OPEN_OPTIONS = {"protocol_whitelist": "file"}
 # A file that goes on for longer than this behind a clip is not demuxed whole.
 LONG_S = 30.0
 # Enough of a long file's beginning to know its first shown frame: frames are stored out of order
@@ -85,9 +85,15 @@ class Probe:
 def open_media(path: Path) -> Any:
     """Open a file with PyAV. Titles in another encoding than UTF-8 are none of our business.
 
-    A playlist that poses as a clip can't make FFmpeg open addresses.
+    FFmpeg gets a file descriptor and may open nothing else: a playlist that poses as a clip leads
+    to no other file or address.
     """
-    return av.open(str(path), metadata_errors="replace", options=OPEN_OPTIONS)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        options = {"fd": str(descriptor), "protocol_whitelist": "fd"}
+        return av.open("fd:", metadata_errors="replace", options=options)
+    finally:
+        os.close(descriptor)  # FFmpeg has its own copy
 
 
 def probe(path: Path, clip: Clip | None = None) -> Probe:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.audio import resample
 from pipeline.decode import decode_clip, read_sound
-from pipeline.demux import probe
+from pipeline.demux import media_length, probe
 from pipeline.format import STATUSES
 from pipeline.media import Clip, ClipError, DecodeSettings
 from pipeline.mux import write_mp4
@@ -448,6 +449,135 @@ def test_damaged_sound_leaves_the_whole_picture(tmp_path):
     assert decoded.facts["video_decoded_share"] == 1
     assert "video" not in decoded.problems and len(decoded.frames) == 32
     assert_shows(decoded.frames, np.arange(32) / 8, 25)
+
+
+# -- long files
+
+
+def make_long(path, seconds=150):
+    """Numbered frames (modulo 256) at 5 fps with a click in each minute's 13th second."""
+    frames = numbered(seconds * 5)
+    sound = noise_with_click(seconds, click_s=13)
+    for minute_s in range(73, seconds, 60):
+        sound[:, minute_s * RATE : minute_s * RATE + RATE // 400] += 0.8
+    write_mp4(path, frames, 5, sound, RATE)
+    return path
+
+
+def whole_of(path):
+    """Decode a long file from its beginning."""
+    return decode(path, clip_of(0, 200), fps=5)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_window_late_in_a_long_file_is_that_part_of_the_whole(tmp_path, container):
+    path = make_long(tmp_path / "a.mp4")
+    if container != "mp4":
+        path = remux(path, tmp_path / f"a.{container}")
+    whole = whole_of(path)
+    for start_s in (0.0, 20.2, 71.0, 110.6):
+        window = clip_of(start_s, 4.0)
+        probed = probe(path, window)
+        assert probed.video and probed.audio
+        decoded = decode(path, window, fps=5)
+        assert decoded.problems == {} and decoded.facts["video_decoded_share"] == 1
+        assert decoded.facts["audio_decoded_share"] == 1
+        first = round(start_s * 5)
+        np.testing.assert_array_equal(decoded.frames, whole.frames[first : first + 20])
+        place = round(start_s * RATE)
+        ours = decoded.sound[0, 200:-200]
+        theirs = whole.sound[0, place + 200 : place + 4 * RATE - 200]
+        assert np.abs(ours - theirs).max() < 0.05 and np.corrcoef(ours, theirs)[0, 1] > 0.98
+    assert not probed.video.whole and len(probed.video.pts_s) < 200
+    assert decoded.facts["video_s"] == pytest.approx(150, abs=0.5)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
+def test_length_is_where_the_first_stream_ends_whatever_the_header_says(tmp_path, container):
+    for seconds, sound_s in ((60, 55.0), (4, 3.0)):
+        path = make(tmp_path / "a.mp4", seconds=seconds, fps=4, sound_s=sound_s)
+        if container != "mp4":
+            path = remux(path, tmp_path / f"a.{container}")
+        assert media_length(path) == pytest.approx(sound_s, abs=0.2)
+
+
+def test_window_of_packets_too_large_to_keep_is_read_again(tmp_path, monkeypatch):
+    path = make_long(tmp_path / "a.mp4")
+    kept = decode(path, clip_of(110.6, 4.0), fps=5)
+    monkeypatch.setattr("pipeline.tracks.KEPT_BYTES", 0)
+    again = decode(path, clip_of(110.6, 4.0), fps=5)
+    np.testing.assert_array_equal(kept.frames, again.frames)
+    np.testing.assert_array_equal(kept.sound, again.sound)
+
+
+def test_playlist_that_poses_as_a_clip_opens_no_other_file(tmp_path):
+    make(tmp_path / "a.mp4", seconds=1)
+    for content in ("#EXTM3U\n#EXTINF:1,\na.mp4\n", "ffconcat version 1.0\nfile a.mp4\n"):
+        (tmp_path / "b.mp4").write_text(content)
+        with pytest.raises(ClipError) as error:
+            decode(tmp_path / "b.mp4")
+        assert error.value.status == "unreadable"
+
+
+def test_skipping_unwanted_frames_changes_none(tmp_path):
+    """Every frame is wanted at 25 fps, a third at 8: those are the same."""
+    encode_groups(tmp_path / "a.mp4", "libx264", {"g": "50", "bf": "3"})
+    every = decode(tmp_path / "a.mp4", decoder="pyav", fps=25)
+    some = decode(tmp_path / "a.mp4", decoder="pyav", fps=5)
+    np.testing.assert_array_equal(some.frames, every.frames[::5])
+
+
+def test_avi_with_reordered_frames_is_whole(tmp_path):
+    encode_groups(tmp_path / "a.avi", "libx264", SHORT_GROUPS)
+    decoded = decode(tmp_path / "a.avi")
+    assert set(decoded.problems) == {"audio"} and decoded.facts["video_decoded_share"] == 1
+    assert_shows(decoded.frames, np.arange(len(decoded.frames)) / 8, 25)
+
+
+def test_copied_and_retitled_file_has_the_same_hash_and_another_span_has_not(tmp_path):
+    path = make(tmp_path / "a.mp4", seconds=4)
+    titled = remux(path, tmp_path / "b.mp4")
+    hashes = [decode(p, clip_of(0, 2), set()).facts["content_hash"] for p in (path, titled)]
+    assert hashes[0] == hashes[1] and len(hashes[0]) == 32
+    assert decode(path, clip_of(1, 2), set()).facts["content_hash"] != hashes[0]
+
+
+# -- geometry
+
+
+def quarters(height, width):
+    """Ten frames: red, green over blue, white."""
+    frame = np.zeros((height, width, 3), dtype=np.uint8)
+    frame[: height // 2, : width // 2, 0] = frame[: height // 2, width // 2 :, 1] = 255
+    frame[height // 2 :, : width // 2, 2] = 255
+    frame[height // 2 :, width // 2 :] = 255
+    return np.repeat(frame[None], 10, axis=0)
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_size_of_nearest_aspect_is_taken_and_filled_or_padded(tmp_path, decoder):
+    sizes = ((64, 64), (48, 96), (96, 48))
+    for (height, width), expected in {(128, 256): (48, 96), (256, 144): (96, 48)}.items():
+        write_mp4(tmp_path / "a.mp4", quarters(height, width), 10, None, RATE)
+        for fit in ("crop", "pad"):
+            decoded = decode(tmp_path / "a.mp4", sizes=sizes, fit=fit, decoder=decoder)
+            assert decoded.frames.shape[1:3] == expected
+            middle = decoded.frames[0, expected[0] // 4, expected[1] // 4]
+            assert np.abs(middle - np.array([255, 0, 0])).max() < 30
+    write_mp4(tmp_path / "b.mp4", quarters(128, 256), 10, None, RATE)
+    padded = decode(tmp_path / "b.mp4", fit="pad", decoder=decoder).frames[0]
+    assert (padded[:16] == 0).all() and (padded[-16:] == 0).all() and padded[24, 8, 0] > 200
+
+
+# -- rates
+
+
+@pytest.mark.parametrize(("from_hz", "to_hz"), [(44101, 16000), (16002, 16000), (47999, 44100)])
+def test_coprime_rates_neither_drift_nor_need_a_giant_kernel(from_hz, to_hz):
+    sound = noise_with_click(10, from_hz, click_s=9.9)
+    resampled = resample(sound, from_hz, to_hz)
+    assert resampled.shape[1] == -(-sound.shape[1] * to_hz // from_hz)
+    assert click_second(resampled, to_hz) == pytest.approx(9.9, abs=0.001)
 
 
 # -- real files
