@@ -29,7 +29,8 @@ SAME_LENGTH_S = 0.005
 def decode_clip(path: Path, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
     """Decode what can be decoded of the wanted modalities, and measure it.
 
-    Both modalities end where the first of them does. ``problems`` holds only what makes latents
+    Both modalities end where the first of them does, but for what is cut off a damaged one: there
+    the last frame stays, or silence. ``problems`` holds only what makes latents
     impossible: ``no_video``, ``no_audio``, ``too_short`` (not one frame) and ``truncated``
     (nothing of it can be decoded); how much is damaged is in the facts.
 
@@ -158,8 +159,12 @@ def _common_span(probed: Probe, clip: Clip) -> tuple[float, dict[str, float]]:
             continue
         there_s = max(stream.end_s - start_s, 0.0)
         expected_s = min(clip.duration_s, stream.declared_end_s - start_s)
-        whole = there_s >= expected_s - SAME_LENGTH_S
-        shares[modality] = 1.0 if whole else there_s / expected_s
+        if there_s >= expected_s - SAME_LENGTH_S:
+            shares[modality] = 1.0
+        else:
+            shares[modality] = there_s / expected_s
+            # What was cut off one of them does not shorten the other, but if nothing is left.
+            there_s = expected_s if there_s else 0.0
         duration_s = min(duration_s, there_s)
     return duration_s, shares
 

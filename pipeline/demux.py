@@ -22,6 +22,7 @@ from typing import Any
 import av
 import numpy as np
 
+from pipeline.geometry import orientation
 from pipeline.media import Clip, ClipError
 from pipeline.tracks import AudioProbe, Track, VideoProbe
 
@@ -167,8 +168,10 @@ def _packets(container: Any, *streams: Any) -> Iterator[av.Packet]:
     """Demux to the end of the file, or to where it can't be read on."""
     try:
         yield from container.demux(*streams)
-    except (av.FFmpegError, OSError, ValueError):
-        return  # what is missing behind is found by comparing with what the index promises
+    except (av.FFmpegError, OSError, ValueError, LookupError):
+        # A damaged transport stream may lose a stream (LookupError). What is missing behind is
+        # found by comparing with what the index promises.
+        return
 
 
 def _seek(container: Any, stream: Any, to_s: float) -> bool:
@@ -385,21 +388,7 @@ def _look(track: Track) -> tuple[int, bool, bool]:
                 frames += context.decode(packet)
         context.flush_buffers()
         for frame in frames:
-            return *_orientation(frame), frame.colorspace != UNSPECIFIED_MATRIX
+            matrix = frame.side_data.get("DISPLAYMATRIX")
+            rotation, mirrored = orientation(bytes(matrix)) if matrix else (0, False)
+            return rotation, mirrored, frame.colorspace != UNSPECIFIED_MATRIX
     return 0, False, False  # nothing decodes: the frame count will tell
-
-
-def _orientation(frame: av.VideoFrame) -> tuple[int, bool]:
-    """Return (degrees counter-clockwise, whether mirrored before) of a frame's display matrix.
-
-    A coded point (x, y) is shown at (a x + c y, b x + d y), y downwards; mirroring negates x.
-    """
-    data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
-        return 0, False
-    a, b, _, c, d = np.frombuffer(bytes(data), dtype="<i4")[:5].astype(float)
-    mirrored = bool(a * d - b * c < 0)
-    if mirrored:
-        a, b = -a, -b
-    clockwise = math.degrees(math.atan2(b, a))
-    return round(-clockwise / 90) * 90 % 360, mirrored

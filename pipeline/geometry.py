@@ -58,3 +58,19 @@ def place(frames: np.ndarray, geometry: Geometry) -> np.ndarray:
     placed = np.zeros((len(frames), geometry.height, geometry.width, 3), dtype=np.uint8)
     placed[:, to_rows, to_columns] = frames[:, rows, columns]
     return placed
+
+
+def orientation(display_matrix: bytes) -> tuple[int, bool]:
+    """Return (degrees counter-clockwise, whether mirrored left to right before).
+
+    A coded point (x, y) is shown at (a x + c y, b x + d y), y downwards; mirroring negates x.
+
+    Args:
+        display_matrix: int32 [3, 3] of FFmpeg's side data; its first rows start a, b and c, d.
+    """
+    a, b, _, c, d = np.frombuffer(display_matrix, dtype="<i4")[:5].astype(float)
+    mirrored = bool(a * d - b * c < 0)
+    if mirrored:
+        a, b = -a, -b
+    clockwise = math.degrees(math.atan2(b, a))
+    return round(-clockwise / 90) * 90 % 360, mirrored
