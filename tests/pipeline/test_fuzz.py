@@ -289,7 +289,7 @@ def test_ok_means_that_98_percent_are_there(outcomes):
 
 
 def test_damage_inside_frames_is_found_where_the_codec_can_tell(outcomes):
-    """VP9 decodes anything; so does H.264 what is left when a transport stream loses packets."""
+    """VP9 decodes anything, and H.264 much of what comes in another order or without a part."""
     garbled = {
         case: outcome.numbers.count(-1)
         for case, outcome in outcomes.items()
@@ -298,4 +298,4 @@ def test_damage_inside_frames_is_found_where_the_codec_can_tell(outcomes):
     print(f"\n{len(garbled)} pictures of {len(outcomes)} are ok, but hold frames that are garbled:")
     for case, count in garbled.items():
         print(f"{case}: {count} of {NUM_FRAMES}")
-    assert not [case for case in garbled if case.startswith(("a.mp4", "b.mkv"))]
+    assert not [case for case in garbled if case.startswith("a.mp4")]

@@ -26,7 +26,7 @@ class Expected(NamedTuple):
     video: str
     audio: str
     reason: str
-    flags: frozenset[str] | None = frozenset()  # None where a measure is at its threshold
+    flags: frozenset[str] | None = frozenset()  # None: not told, at a threshold
 
 
 def whole(reason, *flags):
