@@ -13,6 +13,7 @@ from pipeline.audio import resample
 from pipeline.decode import decode_clip, read_sound
 from pipeline.demux import media_length, probe
 from pipeline.format import STATUSES
+from pipeline.geometry import orientation
 from pipeline.media import Clip, ClipError, DecodeSettings
 from pipeline.mux import write_mp4
 
@@ -672,3 +673,46 @@ def test_no_odd_file_ends_in_another_error(shared_clips):
         if "audio" not in decoded.problems:
             assert np.isfinite(decoded.sound).all()
             assert 0 <= decoded.facts["audio_decoded_share"] <= 1
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),
+    ],
+)
+def test_display_matrix_puts_every_pixel_where_it_says(matrix):
+    a, b, c, d = matrix
+    picture = np.arange(6).reshape(3, 2)
+    shown = np.zeros((2, 3) if a == 0 else (3, 2), dtype=int)
+    height, width = shown.shape
+    for y, x in np.ndindex(picture.shape):
+        column, row = a * x + c * y, b * x + d * y  # from the other side where negative
+        column += (width - 1) * (a + c < 0)
+        row += (height - 1) * (b + d < 0)
+        shown[row, column] = picture[y, x]
+    data = np.array([a, b, 0, c, d, 0, 0, 0, 1], dtype="<i4") * 65536
+    rotation, mirrored = orientation(data.tobytes())
+    ours = picture[:, ::-1] if mirrored else picture
+    np.testing.assert_array_equal(np.rot90(ours, rotation // 90), shown)
+
+
+def test_sound_whose_rate_changes_goes_on_at_its_speed(tmp_path):
+    """Two mp3 recordings of a second of 440 Hz, at 44.1 and at 22.05 kHz, one behind the other."""
+    content = b""
+    for rate in (44100, 22050):
+        with av.open(str(tmp_path / "part.mp3"), "w") as container:
+            stream = container.add_stream("libmp3lame", rate=rate, layout="mono")
+            tone = 0.5 * np.sin(np.arange(2 * rate) * 2 * np.pi * 440 / rate)[None]
+            frame = av.AudioFrame.from_ndarray(tone.astype(np.float32), "fltp", "mono")
+            frame.sample_rate = rate
+            container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        content += (tmp_path / "part.mp3").read_bytes()
+    (tmp_path / "a.mp3").write_bytes(content)
+    sound = decode(tmp_path / "a.mp3", clip_of(0, 3.5)).sound[0]
+    for start_s in (0.5, 2.6):
+        piece = sound[round(start_s * RATE) :][: RATE // 2]
+        pitch_hz = np.argmax(np.abs(np.fft.rfft(piece))) * 2
+        assert pitch_hz == pytest.approx(440, abs=4)
