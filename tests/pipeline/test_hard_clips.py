@@ -122,7 +122,6 @@ EXPECTED = {
     "mediabunny_annex-b.mp4": Expected(
         "truncated", "no_audio", "the first 100 kB of a longer file: 6 frames of 745", None
     ),
-    ),
     "mediabunny_frames.webm": silent_film("VP9, numbered frames"),
     "mediabunny_rotate-buck-bunny.mp4": whole("turned by 90 degrees, sound in 5.1"),
     "moviepy_-video-with-dash-.mp4": silent_film("1 x 1 pixels, 1 frame a second", "low_fps"),
