@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from pipeline.encoder import ShardEncoder
 from pipeline.format import FormatError
 from pipeline.jobs import Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
@@ -207,9 +208,6 @@ class EncoderActor:
     """The head of a cell: encodes a shard at a time and owns the decoders beside it."""
 
     def __init__(self, job: Job, group: PlacementGroup, num_decoders: int) -> None:
-        # pyarrow takes 30 MB, which decoders, importing this module too, do without.
-        from pipeline.encoder import ShardEncoder
-
         self._encoder = ShardEncoder(job)
         self._pool = DecoderPool(job, group, num_decoders)
 

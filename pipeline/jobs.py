@@ -1,7 +1,4 @@
-"""What the driver hands to a cell, and what it hears back.
-
-Light to import: every decoder process loads it, and torch and pyarrow count in its memory.
-"""
+"""What the driver hands to a cell, and what it hears back."""
 
 from __future__ import annotations
 
