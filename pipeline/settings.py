@@ -18,7 +18,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 Settings = TypeVar("Settings")
 
 # For `@dataclass(frozen=True, kw_only=True, config=STRICT)` of pydantic.dataclasses.
-STRICT = ConfigDict(extra="forbid", str_strip_whitespace=True)
+STRICT = ConfigDict(extra="forbid", str_strip_whitespace=True, allow_inf_nan=False)
+# What PyYAML raises for text that is no YAML, such as `!!int a` or 2023-99-99.
+NO_YAML = (yaml.YAMLError, ValueError, AttributeError, LookupError, RecursionError)
 
 
 class ConfigError(Exception):
@@ -57,7 +59,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text()) or {}
     except OSError as error:
         raise ConfigError(f"settings file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except NO_YAML as error:
         raise ConfigError(f"settings file {path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"settings file {path} holds a {type(values).__name__}, not a mapping")
@@ -82,7 +84,7 @@ def set_dotted(cls: type, values: dict[str, Any], text: str) -> None:
     is_text = hints.get(last) is str or str in typing.get_args(hints.get(last))
     try:
         values[last] = value if is_text and value != "null" else yaml.safe_load(value)
-    except yaml.YAMLError:
+    except NO_YAML:
         values[last] = value
 
 
@@ -108,9 +110,9 @@ def build(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
         for item in error.errors():
             name = ".".join(str(part) for part in item["loc"])
             if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-                lines.append(f"unknown setting {name!r}{nearest(cls, item['loc'])}")
+                lines.append(f"unknown setting {name[:80]!r}{nearest(cls, item['loc'])}")
             else:
-                lines.append(f"setting {name!r}: {item['msg']}, got {item['input']!r}")
+                lines.append(f"setting {name[:80]!r}: {item['msg']}, got {item['input']!r:.80}")
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 

@@ -6,6 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Shared machines stall: no example may fail for its time.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 # Test machines are small and tests start many processes: set before torch and numpy are loaded.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):

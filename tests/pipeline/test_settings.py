@@ -63,6 +63,28 @@ def test_every_wrong_key_is_named_at_once():
     assert all(name in str(error.value) for name in ("'seeds'", "'video.fps'", "'shard_size'"))
 
 
+ODD = ["2023-99-99", "!!int a", "!!float x", "!!timestamp x", "!!bool x", "1" * 5000, "[" * 5000]
+
+
+@pytest.mark.parametrize("value", [*ODD, ".inf", "-.inf", ".nan"], ids=lambda value: value[:14])
+def test_what_is_no_usable_value_is_one_line(value, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load(Run, None, [f"steps={value}"])
+    assert "'steps'" in str(error.value)
+    assert len(str(error.value)) < 400
+    path = tmp_path / "run.yaml"
+    path.write_text(f"steps: {value}")
+    with pytest.raises(ConfigError) as error:
+        load(Run, path, [])
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [".inf", ".nan"])
+def test_numbers_are_finite(value):
+    with pytest.raises(ConfigError, match="finite"):
+        load(Run, None, [f"optimizer.learning_rate={value}"])
+
+
 def test_overrides_win_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("steps: 3\noptimizer:\n  learning_rate: 1\n")
