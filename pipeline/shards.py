@@ -143,10 +143,13 @@ class ShardWriter:
             index_crc = self._write_index()
             with locked_folder(self._column.path):
                 stem = self._column.path / shard_name(self._shard)
-                if stem.with_suffix(".json").exists() or not self._owns_temporary():
-                    return False
-                self._publish(stem, {**(extra or {}), **self._record(stem, index_crc)})
-        return True
+                wins = not stem.with_suffix(".json").exists() and self._owns_temporary()
+                if wins:
+                    self._publish(stem, {**(extra or {}), **self._record(stem, index_crc)})
+                if stem.with_suffix(".json").exists():  # a killed writer's files, or the losers'
+                    for path in self._column.path.glob(f".{stem.name}.*.tmp"):
+                        path.unlink(missing_ok=True)
+        return wins
 
     def _check(self, key: str, array: np.ndarray) -> None:
         spec = self._column.spec
@@ -226,8 +229,6 @@ class ShardWriter:
         # A link, not a rename: it can't replace a record that is there already.
         stem.with_suffix(".json").hardlink_to(self._record_path)
         sync_folder(self._column.path)
-        for path in self._column.path.glob(f".{stem.name}.*.tmp"):
-            path.unlink(missing_ok=True)
 
 
 def channel_sums(array: np.ndarray, channel_axis: int) -> np.ndarray:

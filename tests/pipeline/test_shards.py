@@ -192,6 +192,15 @@ def test_second_writer_is_told_that_it_lost(dataset: Dataset, column: Column) ->
     assert names(column) == {"column.json", "000000.tar", "000000.idx.npy", "000000.json"}
 
 
+def test_loser_clears_what_a_winner_killed_right_after_its_commit_left(
+    dataset: Dataset, column: Column
+) -> None:
+    assert dataset.write_shard(column, 0, "one")
+    (column.path / ".000000.one.json.tmp").hardlink_to(column.path / "000000.json")
+    assert not dataset.write_shard(column, 0, "two")
+    assert names(column) == {"column.json", "000000.tar", "000000.idx.npy", "000000.json"}
+
+
 def test_writer_overtaken_while_writing_ends_quietly(dataset: Dataset, column: Column) -> None:
     with ShardWriter(column, 0, "slow") as writer:
         writer.add(dataset.key(0), dataset.video(0))
