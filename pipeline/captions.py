@@ -1,7 +1,11 @@
-"""captions.parquet of a text column: which caption each of its rows is, and under which key."""
+"""captions.parquet: which caption each row of the text column is, and under which key.
+
+It is written with the plan, a row group for every shard; every text column has a copy of its own.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +15,43 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import format as fmt
+from pipeline.tables import parquet_writer
+
+CAPTIONS_NAME = "captions.parquet"
+CAPTIONS_SCHEMA = pa.schema([("row", pa.int64()), ("key", pa.string()), ("caption", pa.string())])
+
+
+def caption_key(caption: str) -> str:
+    """Return the key of a caption's member in the text column: 16 hex digits of its hash."""
+    return hashlib.sha256(caption.encode()).hexdigest()[:16]
+
+
+def write_captions(
+    writer: pq.ParquetWriter, captions: pa.Array, first_row: int, shard_size: int
+) -> None:
+    """Append captions, whole shards of them but for the last."""
+    for start in range(0, len(captions), shard_size):
+        part = captions.slice(start, shard_size)
+        keys = [caption_key(caption) for caption in part.to_pylist()]
+        rows = np.arange(len(part)) + first_row + start
+        columns = [pa.array(rows), pa.array(keys), part.cast(pa.string())]
+        writer.write_table(pa.Table.from_arrays(columns, schema=CAPTIONS_SCHEMA))
+
+
+def copy_captions(root: Path, plan: fmt.Plan, folder: Path) -> None:
+    """Give a text column its captions.parquet, anew where the plan was extended."""
+    shards = plan.shard_rows(text=True)
+    try:
+        if pq.read_metadata(folder / CAPTIONS_NAME).num_rows == shards.sum():
+            return
+    except (OSError, pa.ArrowException):
+        pass  # none there, or none that can be read
+    with (
+        pq.ParquetFile(root / CAPTIONS_NAME) as planned,
+        parquet_writer(folder / CAPTIONS_NAME, CAPTIONS_SCHEMA) as writer,
+    ):
+        for shard in range(len(shards)):
+            writer.write_table(planned.read_row_group(shard))
 
 
 def caption_hashes(path: Path, num_captions: int) -> np.ndarray:

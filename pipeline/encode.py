@@ -17,21 +17,19 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import pyarrow as pa
-
 from pipeline import format as fmt
+from pipeline.captions import copy_captions
 from pipeline.checks import DECISIONS, facts_directory, facts_path
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.duplicates import settle_duplicates
-from pipeline.encoder import caption_key
 from pipeline.files import write_json
 from pipeline.jobs import Job, ShardTask
-from pipeline.plan import ensure_plan, read_captions, read_clips
+from pipeline.plan import ensure_plan
+from pipeline.plan_table import PlanTable
 from pipeline.report import RunReport, column_totals, failures, print_table
 from pipeline.settings import ConfigError, dump, load
 from pipeline.shards import NoRoomError, create_column
 from pipeline.sources import Source, open_source
-from pipeline.tables import write_parquet
 
 # Too many failures end the run before the last shard only once this many clips were tried.
 MIN_CLIPS_FOR_STOP = 1000
@@ -118,15 +116,15 @@ def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False
     plan = ensure_plan(out, source, config)
     columns = {m: create_column(out, spec, plan.plan_id) for m, spec in specs.items()}
     if "text" in columns:
-        write_captions(columns["text"], read_captions(out))
+        copy_captions(out, plan, columns["text"].path)
     facts = out / facts_directory(plan.plan_id, config)
     if retry_failed:
         reopen_failed(columns, facts)
     work = list(open_tasks(plan, columns))
     num_clips = sum(rows for _, modalities, rows in work if modalities != ("text",))
     print(
-        f"{plan.num_clips} clips of {source.root} ({source.num_skipped} other files skipped), "
-        f"plan {plan.plan_id}; {len(work)} shards to encode",
+        f"{plan.num_clips} clips of {source.root} ({plan.source['num_skipped']} other files "
+        f"skipped), plan {plan.plan_id}; {len(work)} shards to encode",
         file=sys.stderr,
     )
     if work:
@@ -182,7 +180,7 @@ def make_job(
     config: EncodeConfig,
 ) -> Job:
     """Collect what the cell needs to know; paths are absolute, for processes with another cwd."""
-    seconds = max(clip.duration_s for clip in source.clips)
+    seconds = plan.source["longest_s"]
     pixels = max(height * width for height, width in config.video.sizes)
     clip_bytes = 3 * pixels * config.video.fps * seconds
     clip_bytes += 4 * config.audio.sample_rate * config.audio.channels * seconds
@@ -218,19 +216,16 @@ def run(
     from pipeline.cells import Cell, CellError, local_cluster  # a finished run never starts Ray
 
     decoders = config.decoders or max(1, len(os.sched_getaffinity(0)) - 1)
-    root = Path(job.root)
-    captions = read_captions(root)
-    first_caption = [0, *plan.shard_rows(text=True).cumsum().tolist()]
+    table = PlanTable(Path(job.root), plan)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
     with local_cluster(decoders + 1, object_store_bytes=int(2e6 * config.window_mb + 2e8)):
         try:
             cell = Cell(job, decoders)
             for shard, modalities, _ in work:
                 if modalities == ("text",):
-                    span = slice(first_caption[shard], first_caption[shard + 1])
-                    task = ShardTask(shard, modalities, captions=captions[span])
+                    task = ShardTask(shard, modalities, captions=table.captions(shard))
                 else:
-                    task = ShardTask(shard, modalities, clips=read_clips(root, shard))
+                    task = ShardTask(shard, modalities, clips=table.clips(shard))
                 for news in cell.encode(task):
                     report.update(news)
                 share, limit = report.failed_share, config.max_failed_share
@@ -241,16 +236,6 @@ def run(
                     )
         except CellError as error:
             raise ConfigError(str(error)) from None
-
-
-def write_captions(column: fmt.Column, captions: list[str]) -> None:
-    """Write the text column's captions.parquet: text row -> caption and member key."""
-    path = column.path / "captions.parquet"
-    if path.exists():
-        return
-    keys = [caption_key(caption) for caption in captions]
-    table = pa.table({"row": range(len(captions)), "key": keys, "caption": captions})
-    write_parquet(path, table)
 
 
 def write_statistics(column: fmt.Column) -> None:

@@ -7,7 +7,6 @@ earlier run left facts, they decide the verdicts over whole clips and stay as th
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import format as fmt
+from pipeline.captions import caption_key
 from pipeline.checks import (
     clip_status,
     facts_row,
@@ -169,8 +169,3 @@ class ShardEncoder:
                 f"a {modality} latent of {peak:.3g} does not fit {stored.dtype}",
             )
         return stored, None
-
-
-def caption_key(caption: str) -> str:
-    """Return the key of a caption's member in the text column: 16 hex digits of its hash."""
-    return hashlib.sha256(caption.encode()).hexdigest()[:16]

@@ -11,8 +11,8 @@ import google_crc32c
 import numpy as np
 
 from pipeline import format as fmt
+from pipeline.plan_table import PlanTable
 from pipeline.records import read_index, read_record, record_problems, repair
-from pipeline.sweep import PlanTable
 
 CLIP_FACTS = ("caption", "label", "split", "uri", "start_s", "duration_s")
 TEXT_SHARDS_OPEN = 64  # indices of text shards kept in memory

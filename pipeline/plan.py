@@ -2,149 +2,226 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import format as fmt
+from pipeline.captions import CAPTIONS_NAME, CAPTIONS_SCHEMA, write_captions
 from pipeline.config import EncodeConfig
-from pipeline.media import Clip
+from pipeline.draft import PLAN_SCHEMA, ClipsHash, Draft, draft_shards
+from pipeline.plan_table import PLAN_NAME
 from pipeline.settings import ConfigError
-from pipeline.sources import Source
-from pipeline.tables import write_parquet
-
-PLAN_SCHEMA = pa.schema(
-    [
-        ("shard", pa.int32()),
-        ("row", pa.int32()),
-        ("key", pa.string()),
-        ("uri", pa.string()),
-        ("start_s", pa.float64()),
-        ("duration_s", pa.float64()),
-        ("caption", pa.string()),
-        ("label", pa.string()),
-        ("split", pa.string()),
-        ("text_row", pa.int64()),
-    ]
-)
-
-
-def shuffled(clips: list[Clip], seed: int) -> list[Clip]:
-    """Return the clips in the plan's order: sorted by key, then shuffled by the seed."""
-    ordered = sorted(clips, key=lambda clip: clip.key)
-    random.Random(seed).shuffle(ordered)
-    return ordered
-
-
-def unique_captions(clips: list[Clip]) -> list[str]:
-    """Return the captions without repeats, in order of appearance; the empty one is first."""
-    return list(dict.fromkeys(["", *(clip.caption for clip in clips)]))
-
-
-def make_plan(source: Source, config: EncodeConfig) -> tuple[fmt.Plan, list[Clip]]:
-    """Assign every clip of a source to a row of a shard."""
-    clips = shuffled(source.clips, config.seed)
-    for clip in clips:
-        fmt.check_key(clip.key)
-    identity = {
-        "format_version": fmt.FORMAT_VERSION,
-        "seed": config.seed,
-        "shard_size": config.shard_size,
-        "clips": [list(asdict(clip).values()) for clip in clips],
-    }
-    plan = fmt.Plan(
-        plan_id=fmt.fingerprint(identity),
-        seed=config.seed,
-        source={"kind": source.kind, "root": source.root},
-        clips=(fmt.PlanSegment(0, len(clips), config.shard_size),),
-        captions=(fmt.PlanSegment(0, len(unique_captions(clips)), config.shard_size),),
-    )
-    return plan, clips
+from pipeline.sources import CLIP_SCHEMA, Listing, Source
+from pipeline.tables import parquet_writer, pc
 
 
 def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
     """Write the plan into an empty output folder, or check that the one there is the same.
 
+    Where the source's state is the one that was planned, its clips are not even listed.
+
     Raises:
-        ConfigError: the folder holds another plan, or files that are no data set.
+        ConfigError: the source holds no clips fit for a plan; the folder holds another plan, or
+            files that are no data set.
     """
-    plan, clips = make_plan(source, config)
     if (root / "plan.json").exists():
-        found = fmt.read_plan(root)
-        if found.plan_id != plan.plan_id:
-            raise ConfigError(_difference(root, found, plan, clips))
-        return found
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {root}: {error.strerror}") from None
-    others = [name for name in sorted(p.name for p in root.iterdir()) if name != "plan.parquet"]
-    if [name for name in others if not name.startswith(".")]:
-        raise ConfigError(
-            f"--out {root} is neither empty nor a data set (it holds {others[0]}); "
-            "name another folder"
-        )
-    write_clips(root / "plan.parquet", plan, clips)
+        return _check_plan(root, source, config)
+    _refuse_other_files(root)
+    listing = source.read()
+    draft = draft_shards(listing.clips, config.seed, config.shard_size)
+    root.mkdir(parents=True, exist_ok=True)
+    clips_hash = _write_tables(root, draft)
+    plan = fmt.Plan(
+        plan_id=_plan_id(clips_hash, config),
+        seed=config.seed,
+        source=_describe(source, listing, clips_hash),
+        clips=(draft.segment,),
+        captions=(fmt.PlanSegment(0, len(draft.captions), config.shard_size),),
+    )
     fmt.write_plan(root, plan)
     return plan
 
 
-def write_clips(path: Path, plan: fmt.Plan, clips: list[Clip]) -> None:
-    """Write plan.parquet: one row group a shard."""
-    text_rows = {caption: row for row, caption in enumerate(unique_captions(clips))}
-    shard_size = plan.clips[0].shard_size
-    records = [
-        {
-            **asdict(clip),
-            "shard": place // shard_size,
-            "row": place % shard_size,
-            "text_row": text_rows[clip.caption],
-        }
-        for place, clip in enumerate(clips)
-    ]
-    write_parquet(path, pa.Table.from_pylist(records, PLAN_SCHEMA), rows_per_group=shard_size)
+def extend_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
+    """Append the clips of a source whose keys the plan lacks, as shards of their own.
 
+    No clip moves: what was encoded stays good, also of clips that the source has no longer, and a
+    clip that the source now describes otherwise stays as it was planned. The plan_id stays, too.
 
-def read_clips(root: Path, shard: int) -> list[Clip]:
-    """Return a shard's clips in row order."""
-    with pq.ParquetFile(root / "plan.parquet") as file:
-        table = file.read_row_group(shard, columns=list(Clip.__dataclass_fields__))
-    return [Clip(**record) for record in table.to_pylist()]
-
-
-def read_captions(root: Path) -> list[str]:
-    """Return the unique captions in text-row order."""
-    with pq.ParquetFile(root / "plan.parquet") as file:
-        captions = {"": 0}
-        for batch in file.iter_batches(columns=["caption"]):
-            for caption in batch.column(0).to_pylist():
-                captions.setdefault(caption, len(captions))
-    return list(captions)
-
-
-def _difference(root: Path, found: fmt.Plan, plan: fmt.Plan, clips: list[Clip]) -> str:
-    """Say how two plans differ, and what can be done."""
-    there = {
-        clip.key for shard in range(len(found.shard_rows())) for clip in read_clips(root, shard)
-    }
-    now = {clip.key for clip in clips}
-    details = [
-        f"{name} {getattr(found, name)} there, {getattr(plan, name)} now"
-        for name in ("seed", "num_clips")
-        if getattr(found, name) != getattr(plan, name)
-    ]
-    if found.clips[0].shard_size != plan.clips[0].shard_size:
-        details.append(
-            f"shard_size {found.clips[0].shard_size} there, {plan.clips[0].shard_size} now"
-        )
-    for names, what in ((now - there, "new"), (there - now, "gone")):
-        if names:
-            details.append(f"{len(names)} clips {what} (such as {min(names)})")
-    what = "; ".join(details) or "captions, labels, splits or lengths of clips differ"
-    return (
-        f"--out {root} holds plan {found.plan_id} of {found.source.get('root')}, this run would "
-        f"make plan {plan.plan_id}: {what}. Use another --out, or the settings of that plan"
+    Raises:
+        ConfigError: seed or shard_size are not those of the plan; as ``ensure_plan``.
+    """
+    if not (root / "plan.json").exists():
+        return ensure_plan(root, source, config)
+    plan = fmt.read_plan(root)
+    if details := _other_settings(plan, config):
+        raise ConfigError(f"--out {root} was planned with {'; '.join(details)}; extend it with its")
+    if plan.source.get("state") == source.state:
+        return plan
+    listing = source.read()
+    known_keys = _read_column(root / PLAN_NAME, "key", plan.num_clips)
+    is_new = pc.invert(pc.is_in(listing.clips["key"], known_keys.combine_chunks()))
+    known = _read_column(root / CAPTIONS_NAME, "caption", int(plan.shard_rows(text=True).sum()))
+    num_shards = len(plan.shard_rows())
+    draft = draft_shards(
+        listing.clips.filter(is_new),
+        plan.seed,
+        config.shard_size,
+        num_shards,
+        known.combine_chunks(),
     )
+    clips_hash = _hash(draft_shards(listing.clips, config.seed, config.shard_size))
+    captions = fmt.PlanSegment(
+        len(plan.shard_rows(text=True)), len(draft.captions), config.shard_size
+    )
+    if draft.segment.num_clips:
+        _write_tables(root, draft, plan)
+    extended = replace(
+        plan,
+        source=_describe(source, listing, clips_hash, plan.source["longest_s"]),
+        clips=plan.clips + (draft.segment,) * bool(draft.segment.num_clips),
+        captions=plan.captions + (captions,) * bool(captions.num_clips),
+    )
+    fmt.write_plan(root, extended)
+    return extended
+
+
+def _refuse_other_files(root: Path) -> None:
+    ours = {PLAN_NAME, CAPTIONS_NAME}  # of a run that was stopped before it wrote plan.json
+    try:
+        others = sorted(p.name for p in root.iterdir() if p.name not in ours)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"--out {root}: {error.strerror}") from None
+    if others := [name for name in others if not name.startswith(".")]:
+        raise ConfigError(
+            f"--out {root} is neither empty nor a data set (it holds {others[0]}); "
+            "name another folder"
+        )
+
+
+def _write_tables(root: Path, draft: Draft, before: fmt.Plan | None = None) -> str:
+    """Write plan.parquet and captions.parquet, behind what an earlier plan has in them.
+
+    Returns:
+        The hash of the clips of the draft.
+    """
+    clips_hash, size = ClipsHash(), draft.segment.shard_size
+    num_shards = len(before.shard_rows()) if before else 0
+    with parquet_writer(root / PLAN_NAME, PLAN_SCHEMA) as writer:
+        _copy_groups(root / PLAN_NAME, num_shards, writer)
+        for block in draft.blocks():
+            clips_hash.update(block)
+            writer.write_table(block, row_group_size=size)
+    rows = before.shard_rows(text=True) if before else []
+    with parquet_writer(root / CAPTIONS_NAME, CAPTIONS_SCHEMA) as writer:
+        _copy_groups(root / CAPTIONS_NAME, len(rows), writer)
+        write_captions(writer, draft.captions, int(sum(rows)), size)
+    return clips_hash.hexdigest()
+
+
+def _copy_groups(path: Path, num_groups: int, writer: pq.ParquetWriter) -> None:
+    if num_groups:
+        with pq.ParquetFile(path) as file:
+            for group in range(num_groups):
+                writer.write_table(file.read_row_group(group))
+
+
+def _check_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
+    """Return the plan that is there if the source still makes it.
+
+    Raises:
+        ConfigError: it doesn't; says how the two differ, and what can be done.
+    """
+    plan = fmt.read_plan(root)
+    details = _other_settings(plan, config)
+    if not details and plan.source.get("state") == source.state:
+        return plan
+    listing = source.read()
+    clips_hash = _hash(draft_shards(listing.clips, config.seed, config.shard_size))
+    if not details and plan.source.get("clips_hash") == clips_hash:
+        # Files were touched or moved, but the clips are the same: the next run need not list them.
+        told = _describe(source, listing, clips_hash, plan.source["longest_s"])
+        plan = replace(plan, source=told)
+        fmt.write_plan(root, plan)
+        return plan
+    details += _other_clips(root, plan, listing.clips)
+    what = "; ".join(details) or "captions, labels, splits or lengths of clips differ"
+    raise ConfigError(
+        f"--out {root} holds plan {plan.plan_id} of {plan.source.get('root')}, this run would "
+        f"make plan {_plan_id(clips_hash, config)}: {what}. Use another --out, or the settings of "
+        "that plan"
+    )
+
+
+def _other_settings(plan: fmt.Plan, config: EncodeConfig) -> list[str]:
+    there = {"seed": plan.seed, "shard_size": plan.clips[0].shard_size}
+    return [
+        f"{name} {value} there, {getattr(config, name)} now"
+        for name, value in there.items()
+        if getattr(config, name) != value
+    ]
+
+
+def _other_clips(root: Path, plan: fmt.Plan, clips: pa.Table) -> list[str]:
+    there, now = _read_column(root / PLAN_NAME, "key", plan.num_clips), clips["key"]
+    details = []
+    if len(there) != len(now):
+        details.append(f"num_clips {len(there)} there, {len(now)} now")
+    for keys, others, what in ((now, there, "new"), (there, now, "gone")):
+        names = keys.filter(pc.invert(pc.is_in(keys, others.combine_chunks())))
+        if len(names):
+            details.append(f"{len(names)} clips {what} (such as {pc.min(names)})")
+    return details
+
+
+def _read_column(path: Path, name: str, num_rows: int) -> pa.ChunkedArray:
+    """Read a text column of the plan's tables without what a stopped extension left behind it.
+
+    Raises:
+        FormatError: it can't be read.
+    """
+    try:
+        column = pq.read_table(path, columns=[name])[name]
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise fmt.FormatError(f"{path} can't be read ({error}); restore it") from None
+    return column.slice(0, num_rows).cast(CLIP_SCHEMA.field("key").type)
+
+
+def _hash(draft: Draft) -> str:
+    clips_hash = ClipsHash()
+    for block in draft.blocks():
+        clips_hash.update(block)
+    return clips_hash.hexdigest()
+
+
+def _plan_id(clips_hash: str, config: EncodeConfig) -> str:
+    identity = {
+        "format_version": fmt.FORMAT_VERSION,
+        "seed": config.seed,
+        "shard_size": config.shard_size,
+        "clips": clips_hash,
+    }
+    return fmt.fingerprint(identity)
+
+
+def _describe(
+    source: Source, listing: Listing, clips_hash: str, before_s: float = 0.0
+) -> dict[str, Any]:
+    """Return what plan.json says of the source: where it is, and by what it is known again.
+
+    ``before_s`` is the length of the longest clip planned before.
+    """
+    return {
+        "kind": source.kind,
+        "root": source.root,
+        "state": source.state,
+        "clips_hash": clips_hash,
+        "num_skipped": listing.num_skipped,
+        "longest_s": max(before_s, pc.max(listing.clips["duration_s"]).as_py()),
+    }

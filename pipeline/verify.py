@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from pipeline import format as fmt
 from pipeline.captions import caption_hashes, read_rows
+from pipeline.plan_table import PlanTable
 from pipeline.records import Totals, read_index, read_record, record_path, record_problems, repair
-from pipeline.sweep import PlanTable, one_line_errors, progress_bar, read_plan
+from pipeline.sweep import one_line_errors, progress_bar, read_plan
 from pipeline.tar_check import check_tar
 
 

@@ -5,52 +5,73 @@ Lists clips; media are opened only to measure them for windows.
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
+from pipeline import format as fmt
 from pipeline.config import EncodeConfig
 from pipeline.folders import URL, normal_root, parent_and_name
 from pipeline.media_cache import MediaCache
 from pipeline.settings import ConfigError
 from pipeline.sources.folder import folder_source
 from pipeline.sources.rows import (
+    CLIP_SCHEMA,
     MEDIA_SUFFIXES,
+    Listing,
     Source,
-    check_template,
-    folder_key,
+    clip_table,
+    clips_of,
     media_files,
     reading,
     suffix_of,
-    with_captions,
-    with_spans,
 )
+from pipeline.sources.spans import check_template, with_captions, with_spans
 from pipeline.sources.table import TABLE_SUFFIXES, has_header, table_source
 from pipeline.sources.tars import tars_source
 from pipeline.sources.vggsound import CSV_NAME, vggsound_source
 from pipeline.storage import Folder, LocalFolder, open_folder
 
-__all__ = ["MEDIA_SUFFIXES", "Source", "folder_key", "open_source"]
+__all__ = [
+    "CLIP_SCHEMA",
+    "MEDIA_SUFFIXES",
+    "Listing",
+    "Source",
+    "clip_table",
+    "clips_of",
+    "open_source",
+]
 
 
 def open_source(src: str, config: EncodeConfig) -> Source:
-    """List a source.
+    """Find a source; its ``read`` lists the clips.
 
     Args:
         src: a folder with media, tars or ``vggsound.csv`` in it, a table, or a tar; path or URL.
         config: ``media``, ``caption_template``, ``clip``, ``windows`` and the cache count here.
 
     Raises:
-        ConfigError: nothing there, no media, something in it that is refused, with its place; or
-            the cache that its media need can't be made.
+        ConfigError: nothing there, no media, or the cache that its media need can't be made. On
+            reading: something in it that is refused, with its place.
     """
     if config.caption_template:
         check_template(config.caption_template)
     folder, name = _locate(src)
     source = _list_file(folder, name, config) if name else _list_folder(folder, config)
-    source = with_captions(with_spans(source, config), config.caption_template)
-    _check_unique(source)
     if URL.match(source.root) or source.kind == "tars":
         MediaCache(config.cache_dir, int(config.cache_gb * 1e9))  # better fails now than per clip
-    return source
+    settings = [config.caption_template, config.clip.seconds, asdict(config.windows)]
+    settings += [config.checks.min_seconds] if config.windows.seconds else []
+    parts = [source.kind, source.root, source.state, settings]
+    state = hashlib.sha256(fmt.canonical_json(parts).encode()).hexdigest()
+    return replace(source, state=state, read=lambda: _read(source, config))
+
+
+def _read(source: Source, config: EncodeConfig) -> Listing:
+    listing = source.read()
+    clips = with_spans(listing.clips.unify_dictionaries(), source.root, config)
+    clips = with_captions(clips, config.caption_template) if config.caption_template else clips
+    return replace(listing, clips=clips)
 
 
 def _locate(src: str) -> tuple[str, str]:
@@ -108,7 +129,7 @@ def _list_folder(root: str, config: EncodeConfig) -> Source:
         )
     if tars:
         return tars_source(folder, tars, num_skipped + len(files) - len(tars))
-    return folder_source(folder, files, num_skipped)
+    return folder_source(folder, files, num_skipped, config)
 
 
 def _has_file(folder: Folder, name: str) -> bool:
@@ -117,18 +138,6 @@ def _has_file(folder: Folder, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _check_unique(source: Source) -> None:
-    """Each kind of source names its clips apart; odd names may still meet, such as a window's."""
-    uris: dict[str, str] = {}
-    for clip in source.clips:
-        if clip.key in uris:
-            raise ConfigError(
-                f"two clips of {source.root} have the key {clip.key}: of {uris[clip.key]} and of "
-                f"{clip.uri}; rename one"
-            )
-        uris[clip.key] = clip.uri
 
 
 def _refuse_media_setting(config: EncodeConfig) -> None:

@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
+import pyarrow as pa
+
+from pipeline import format as fmt
+from pipeline.config import EncodeConfig
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
 from pipeline.sources.rows import (
     MEDIA_SUFFIXES,
+    TEXT,
     UNTOLD_S,
+    Listing,
     Source,
-    folder_key,
+    clip_table,
+    folder_keys,
     hashed_key,
     in_threads,
     media_files,
     reading,
     suffix_of,
+    versions,
 )
 from pipeline.storage import Folder
 
 MAX_CAPTION_BYTES = 1 << 20
 
 
-def folder_source(folder: Folder, files: list[str], num_skipped: int) -> Source:
+def folder_source(
+    folder: Folder, files: list[str], num_skipped: int, config: EncodeConfig
+) -> Source:
     """Make a clip of every media file of a listing.
 
     Raises:
-        ConfigError: no media, a caption that can't be read, a name that is not UTF-8.
+        ConfigError: no media, a name that is not UTF-8. On reading: a caption that can't be read.
     """
     media = media_files(files, folder.root)
     stems = {_stem(uri) for uri in media}
@@ -39,13 +49,20 @@ def folder_source(folder: Folder, files: list[str], num_skipped: int) -> Source:
             + ", or .tar (links that lead out of the folder are not followed)"
         )
     with_text = [uri for uri in media if f"{_stem(uri)}.txt" in sidecars]
-    texts = in_threads(lambda uri: _caption(folder, f"{_stem(uri)}.txt"), with_text, "captions")
-    captions = dict(zip(with_text, texts, strict=True))
-    clips = [
-        Clip(folder_key(uri), uri, 0.0, UNTOLD_S, captions.get(uri, ""), _parent_name(uri))
-        for uri in media
-    ]
-    return Source("folder", folder.root, _unique_keys(clips), num_skipped)
+
+    def read() -> Listing:
+        texts = in_threads(lambda uri: _caption(folder, f"{_stem(uri)}.txt"), with_text, "captions")
+        captions = dict(zip(with_text, texts, strict=True))
+        clips = (
+            Clip(key, uri, 0.0, UNTOLD_S, captions.get(uri, ""), _parent_name(uri))
+            for key, uri in _keyed(media)
+        )
+        return Listing(clip_table(clips), num_skipped)
+
+    told = [f"{_stem(uri)}.txt" for uri in with_text]
+    told += media if config.windows.seconds else []  # which are cut by their length
+    state = fmt.canonical_json([media, versions(folder, told)])
+    return Source("folder", folder.root, state, read)
 
 
 def _stem(uri: str) -> str:
@@ -78,14 +95,12 @@ def caption_text(data: bytes, where: str) -> str:
         raise ConfigError(f"{where}: expected UTF-8 text, {error}") from None
 
 
-def _unique_keys(clips: list[Clip]) -> list[Clip]:
-    """Tell files apart that differ in their suffix only (a.mp4, a.mkv)."""
+def _keyed(uris: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (key, uri); tell files apart that differ in their suffix only (a.mp4, a.mkv)."""
     seen: set[str] = set()
-    unique = []
-    for clip in clips:
-        key = clip.key
+    for uri, plain in zip(uris, folder_keys(pa.array(uris, TEXT)).to_pylist(), strict=True):
+        key = plain
         while key in seen:  # again where a file is named like another one's key
-            key = hashed_key(clip.key, f"{key} {clip.uri}")
+            key = hashed_key(plain, f"{key} {uri}")
         seen.add(key)
-        unique.append(clip if key == clip.key else replace(clip, key=key))
-    return unique
+        yield key, uri

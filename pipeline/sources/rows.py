@@ -1,23 +1,26 @@
-"""What all sources share: the names and fields of clips, their captions and their spans."""
+"""What all sources share: tables of clips, their keys, and fields of rows, checked by column."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import math
-import re
-import string
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.config import EncodeConfig
-from pipeline.folders import UriError
-from pipeline.media import Clip, ClipError
+import numpy as np
+import pyarrow as pa
+
+from pipeline.folders import LocalFolder, UriError
+from pipeline.media import Clip
 from pipeline.settings import ConfigError
-from pipeline.storage import MediaStore
+from pipeline.storage import Folder
+from pipeline.tables import pc
 
 MEDIA_SUFFIXES = frozenset(
     (
@@ -25,7 +28,7 @@ MEDIA_SUFFIXES = frozenset(
         *(".wmv", ".mxf"),
     )
 )
-# A source that doesn't say how long a clip is; ``with_spans`` fills it in.
+# A source that doesn't say how long a clip is; ``pipeline.sources.spans`` fills it in.
 UNTOLD_S = 0.0
 # The start in ms has 9 digits in keys.
 MAX_START_S = 1e6
@@ -34,25 +37,98 @@ FIELDS = ("uri", "start_s", "duration_s", "caption", "label", "split", "key")
 NUM_THREADS = 8
 REPORT_EVERY = 1000
 
+TEXT = pa.large_string()  # with 32-bit offsets, a column of 100 M names would overflow
+REPEATED_TEXT = pa.dictionary(pa.int32(), TEXT)
+# The fields of ``pipeline.media.Clip``: a clip takes some 100 bytes here, 1 kB as an object.
+CLIP_SCHEMA = pa.schema(
+    [
+        ("key", TEXT),
+        ("uri", TEXT),
+        ("start_s", pa.float64()),
+        ("duration_s", pa.float64()),
+        ("caption", REPEATED_TEXT),
+        ("label", REPEATED_TEXT),
+        ("split", REPEATED_TEXT),
+    ]
+)
+# Tables of clips grow by chunks of so many rows.
+CHUNK_ROWS = 1 << 16
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Values of a column as they were read: of a file that has types, or Python's.
+Values = pa.Array | list[Any]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """All clips of a source.
+
+    Attributes:
+        clips: ``CLIP_SCHEMA``, in no order that matters.
+        num_skipped: files, or members of tars, that are no part of a clip.
+    """
+
+    clips: pa.Table
+    num_skipped: int = 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """The clips of one source.
+    """Where clips come from.
 
     Attributes:
         kind: "folder", "vggsound", "table" or "tars".
         root: folder or URL that every clip's uri is relative to.
-        clips: all clips, in no order that matters.
-        num_skipped: files, or members of tars, that are no part of a clip.
+        state: a text that is another one where ``read`` would list other clips.
+        read: lists the clips, which may take long.
     """
 
     kind: str
     root: str
-    clips: list[Clip]
-    num_skipped: int = 0
+    state: str
+    read: Callable[[], Listing]
+
+
+def clip_batch(columns: Mapping[str, Values]) -> pa.RecordBatch:
+    """Return columns named as in ``CLIP_SCHEMA`` as one chunk of a table of clips."""
+    arrays = []
+    for field in CLIP_SCHEMA:
+        is_repeated = field.type == REPEATED_TEXT
+        array = columns[field.name]
+        if isinstance(array, list):
+            array = pa.array(array, TEXT if is_repeated else field.type)
+        arrays.append(array.dictionary_encode() if is_repeated else array)
+    return pa.record_batch(arrays, schema=CLIP_SCHEMA)
+
+
+def clip_table(clips: Iterable[Clip]) -> pa.Table:
+    """Collect clips, a chunk of them as objects at a time."""
+    clips, batches = iter(clips), []
+    while part := list(islice(clips, CHUNK_ROWS)):
+        names = CLIP_SCHEMA.names
+        batches.append(clip_batch({n: [getattr(clip, n) for clip in part] for n in names}))
+    return pa.Table.from_batches(batches, CLIP_SCHEMA)
+
+
+def clips_of(table: pa.Table) -> Iterator[Clip]:
+    """Yield the clips of a table."""
+    for batch in table.to_batches(CHUNK_ROWS):
+        for record in batch.to_pylist():
+            yield Clip(**record)
+
+
+def first_repeat(keys: pa.ChunkedArray) -> tuple[int, int] | None:
+    """Return the places of two equal keys, the second one as early as can be; None without."""
+    order = pc.sort_indices(keys)  # stable
+    ordered = keys.take(order)
+    same = pc.equal(ordered.slice(1), ordered.slice(0, max(0, len(ordered) - 1)))
+    found = np.flatnonzero(same.to_numpy())
+    if not len(found):
+        return None
+    order = order.to_numpy()
+    first = found[np.argmin(order[found + 1])]
+    return int(order[first]), int(order[first + 1])
 
 
 def suffix_of(uri: str) -> str:
@@ -76,17 +152,18 @@ def media_files(files: list[str], root: str) -> list[str]:
     return media
 
 
-def folder_key(uri: str) -> str:
-    """Return the key of a relative path: its stem, and 8 hex digits where that is ambiguous.
+def folder_keys(uris: pa.Array) -> pa.Array:
+    """Return the keys of relative paths: the stem, and 8 hex digits where that is ambiguous.
 
     A plain file name in the root keeps its stem; anything else (subfolders, odd characters)
     gets a hash of the whole path, so that two files never share a key.
     """
-    stem = uri.rpartition(".")[0] or uri
-    plain = re.sub(r"[^A-Za-z0-9_-]+", "_", stem)
-    if plain == stem and len(plain) <= 64:
-        return plain
-    return hashed_key(plain, uri)
+    stems = pc.replace_substring_regex(uris, r"(?s)^(.+)\.[^.]*$", r"\1")
+    keys = pc.replace_substring_regex(stems, "[^A-Za-z0-9_-]+", "_")
+    is_odd = pc.or_(pc.not_equal(keys, stems), pc.greater(pc.utf8_length(keys), 64))
+    odd = zip(keys.filter(is_odd).to_pylist(), uris.filter(is_odd).to_pylist(), strict=True)
+    hashed = pa.array([hashed_key(key, uri) for key, uri in odd], TEXT)
+    return pc.replace_with_mask(keys, is_odd, hashed)
 
 
 def hashed_key(key: str, text: str, length: int = 64) -> str:
@@ -94,12 +171,16 @@ def hashed_key(key: str, text: str, length: int = 64) -> str:
     return f"{key[-length:]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def timed_key(key: str, start_s: float) -> str:
-    """Return the key of a clip that starts within its file: with the start in ms."""
-    start = f"_{round(start_s * 1000):09d}"
-    if len(key) + len(start) > MAX_KEY_LENGTH:
-        key = hashed_key(key, key, MAX_KEY_LENGTH - len(start) - 9)
-    return key + start
+def timed_keys(keys: pa.Array, starts_s: pa.Array) -> pa.Array:
+    """Return the keys of clips that start within their file: with the start in ms."""
+    starts_ms = pc.round(pc.multiply(starts_s, 1000.0), round_mode="half_to_even")
+    starts = pc.utf8_lpad(starts_ms.cast(pa.int64()).cast(TEXT), 9, "0")
+    is_long = pc.greater(pc.add(pc.utf8_length(keys), pc.utf8_length(starts)), MAX_KEY_LENGTH - 1)
+    shorter = [
+        hashed_key(key, key, MAX_KEY_LENGTH - 20) for key in keys.filter(is_long).to_pylist()
+    ]
+    keys = pc.replace_with_mask(keys, is_long, pa.array(shorter, TEXT))
+    return pc.binary_join_element_wise(keys, starts, pa.scalar("_", TEXT))
 
 
 @contextlib.contextmanager
@@ -136,175 +217,122 @@ def in_threads(
     return results
 
 
-# -- the fields of a row
+def versions(folder: Folder, uris: Sequence[str]) -> list[list[str]]:
+    """Return [uri, text that changes with its content] of files that were listed.
 
-
-@dataclass(frozen=True)
-class Fields:
-    """A row with its types checked; None or "" where the row has nothing.
-
-    Attributes:
-        start_s: second of the file at which the clip starts.
-        duration_s: its length at most.
-        caption: on one line.
-        label: on one line.
-        split: "train" where the row has nothing.
-        key: ``[A-Za-z0-9_-]+``.
+    Raises:
+        ConfigError: a file has gone, or the network fails.
     """
 
-    uri: str
-    start_s: float | None
-    duration_s: float | None
-    caption: str
-    label: str
-    split: str
-    key: str
+    def version(uri: str) -> list[str]:
+        with reading(f"{folder.root}/{uri}"):
+            if isinstance(folder, LocalFolder):  # .stat would look for links again: 20 x slower
+                found = Path(folder.root, uri).stat()
+                return [uri, f"{found.st_size} {found.st_mtime_ns}"]
+            return [uri, folder.stat(uri).version]
+
+    if isinstance(folder, LocalFolder):
+        return [version(uri) for uri in uris]
+    return in_threads(version, uris, "sizes")
 
 
-def read_fields(row: Mapping[str, Any], where: str) -> Fields:
-    """Check a row.
+# -- the fields of rows
+
+
+def check_fields(
+    columns: Mapping[str, Values], num_rows: int, where: Callable[[int], str]
+) -> dict[str, pa.Array]:
+    """Check the columns of rows.
+
+    Args:
+        columns: by name; what is not there is missing in all rows.
+        num_rows: of each column.
+        where: tells the place of a row, for errors.
+
+    Returns:
+        ``FIELDS``: seconds are float64 with nulls, texts are without: "" where a row has none, or
+        "train" as its split; captions and labels are on one line.
 
     Raises:
         ConfigError: a field has another type or range than it should; with the row's place.
     """
-    fields = Fields(
-        uri=_text(row, "uri", where),
-        start_s=_seconds(row, "start_s", where),
-        duration_s=_seconds(row, "duration_s", where),
-        caption=" ".join(_text(row, "caption", where).split()),
-        label=" ".join(_text(row, "label", where).split()),
-        split=_text(row, "split", where) or "train",
-        key=_text(row, "key", where),
-    )
-    if fields.duration_s == 0:
-        raise ConfigError(f"{where}: duration_s is 0, expected more")
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", fields.split):
-        raise ConfigError(f"{where}: split {fields.split!r} is no name such as train or test")
-    if not re.fullmatch(r"[A-Za-z0-9_-]*", fields.key) or len(fields.key) > MAX_KEY_LENGTH:
+    nothing = pa.nulls(num_rows)
+    fields = {
+        name: (_seconds if name.endswith("_s") else _texts)(columns.get(name, nothing), name, where)
+        for name in FIELDS
+    }
+    bad = first_true(pc.equal(fields["duration_s"], 0.0).fill_null(False))
+    if bad is not None:
+        raise ConfigError(f"{where(bad)}: duration_s is 0, expected more")
+    for name in ("caption", "label"):
+        fields[name] = mapped(fields[name], lambda text: " ".join(text.split()))
+    fields["split"] = mapped(fields["split"], lambda split: split or "train")
+    bad = first_true(pc.invert(pc.match_substring_regex(fields["split"], "^[A-Za-z0-9_-]+$")))
+    if bad is not None:
+        split = fields["split"][bad].as_py()
+        raise ConfigError(f"{where(bad)}: split {split!r} is no name such as train or test")
+    pattern = f"^[A-Za-z0-9_-]{{0,{MAX_KEY_LENGTH}}}$"
+    bad = first_true(pc.invert(pc.match_substring_regex(fields["key"], pattern)))
+    if bad is not None:
         raise ConfigError(
-            f"{where}: key {fields.key!r}, expected letters, digits, _ and -, at most "
-            f"{MAX_KEY_LENGTH} of them"
+            f"{where(bad)}: key {fields['key'][bad].as_py()!r}, expected letters, digits, _ and -, "
+            f"at most {MAX_KEY_LENGTH} of them"
         )
     return fields
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
-    value = row.get(name)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise ConfigError(f"{where}: {name} is {value!r:.80}, expected text")
+def first_true(mask: pa.Array) -> int | None:
+    """Return the first row where a mask without nulls holds."""
+    place = pc.index(mask, True).as_py()
+    return None if place < 0 else place
+
+
+def mapped(texts: pa.Array, function: Callable[[str], str]) -> pa.Array:
+    """Call a function for the different ones among texts."""
+    encoded = texts.dictionary_encode()
+    values = [function(text) for text in encoded.dictionary.to_pylist()]
+    return pa.array(values, TEXT).take(encoded.indices)
+
+
+def _texts(values: Values, name: str, where: Callable[[int], str]) -> pa.Array:
+    if not isinstance(values, list):
+        kind = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind):
+            return values.cast(TEXT).fill_null("")
+        values = values.to_pylist()
+    for row, value in enumerate(values):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{where(row)}: {name} is {value!r:.80}, expected text")
     try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ConfigError(f"{where}: {name} {value!a:.80} is not Unicode") from None
-    return value
+        return pa.array(values, TEXT).fill_null("")
+    except UnicodeEncodeError as error:
+        row = values.index(error.object)
+        raise ConfigError(f"{where(row)}: {name} {error.object!a:.80} is not Unicode") from None
 
 
-def _seconds(row: Mapping[str, Any], name: str, where: str) -> float | None:
-    value = row.get(name)
+def _seconds(values: Values, name: str, where: Callable[[int], str]) -> pa.Array:
+    if isinstance(values, list):
+        array = pa.array([_number(v, name, where, row) for row, v in enumerate(values)])
+    elif pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        array = values
+    else:
+        return _seconds(values.to_pylist(), name, where)
+    array = array.cast(pa.float64(), safe=False)
+    is_sound = pc.and_(pc.greater_equal(array, 0.0), pc.less(array, MAX_START_S)).fill_null(True)
+    bad = first_true(pc.invert(is_sound))
+    if bad is not None:
+        raise ConfigError(
+            f"{where(bad)}: {name} is {array[bad].as_py()}, expected 0 to {MAX_START_S:g} seconds"
+        )
+    return array
+
+
+def _number(value: Any, name: str, where: Callable[[int], str], row: int) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{where}: {name} is {value!r:.80}, expected a number of seconds")
-    if not math.isfinite(value) or not 0 <= value < MAX_START_S:
-        raise ConfigError(f"{where}: {name} is {value}, expected 0 to {MAX_START_S:g} seconds")
-    return float(value)
-
-
-# -- captions made of labels
-
-
-def check_template(template: str) -> list[tuple[str, bool]]:
-    """Split a template into texts, each with whether a label follows.
-
-    Raises:
-        ConfigError: a field other than {label}, or none, or a brace alone.
-    """
+        raise ConfigError(f"{where(row)}: {name} is {value!r:.80}, expected a number of seconds")
     try:
-        parsed = list(string.Formatter().parse(template))
-    except ValueError as error:
-        raise ConfigError(f"caption_template {template!r}: {error}") from None
-    fields = [(name, spec, how) for _, name, spec, how in parsed if name is not None]
-    if set(fields) != {("label", "", None)}:
-        raise ConfigError(
-            f"caption_template {template!r}: expected the field {{label}} and no other, such as "
-            '"the sound of {label}"'
-        )
-    return [(text, name is not None) for text, name, _, _ in parsed]
-
-
-def with_captions(source: Source, template: str) -> Source:
-    """Caption the clips that have a label only."""
-    if not template:
-        return source
-    parts = check_template(template)
-
-    def caption(label: str) -> str:
-        return " ".join("".join(text + label * follows for text, follows in parts).split())
-
-    clips = [
-        replace(clip, caption=caption(clip.label)) if clip.label and not clip.caption else clip
-        for clip in source.clips
-    ]
-    return replace(source, clips=clips)
-
-
-# -- spans
-
-
-def with_spans(source: Source, config: EncodeConfig) -> Source:
-    """Give every clip of unknown length one: ``clip.seconds``, or the windows of its file.
-
-    With windows, every such file is opened (remote ones are fetched) to measure it.
-    """
-    untold = [clip for clip in source.clips if clip.duration_s == UNTOLD_S]
-    lengths = _lengths(source.root, untold, config) if untold and config.windows.seconds else {}
-    clips = [
-        spanned
-        for clip in source.clips
-        for spanned in _spans(clip, config, lengths.get(clip.uri, 0.0))
-    ]
-    return replace(source, clips=clips)
-
-
-def _spans(clip: Clip, config: EncodeConfig, length_s: float) -> Iterator[Clip]:
-    if clip.duration_s != UNTOLD_S:
-        yield clip
-        return
-    windows = config.windows
-    if not windows.seconds:
-        yield replace(clip, duration_s=config.clip.seconds)
-        return
-    for k in range(num_windows(length_s - clip.start_s, config)):
-        start_s = round(clip.start_s + k * windows.stride_seconds, 6)
-        key = timed_key(clip.key, start_s)
-        yield replace(clip, key=key, start_s=start_s, duration_s=windows.seconds)
-
-
-def num_windows(length_s: float, config: EncodeConfig) -> int:
-    """Return how many windows of so much media hold ``checks.min_seconds``; 1 at least.
-
-    Windows start at k * stride; the last ones may be shorter than ``windows.seconds``.
-    """
-    length_s = min(length_s, MAX_START_S)  # damaged files may claim to last for years
-    wanted_s = min(max(config.checks.min_seconds, 1e-3), config.windows.seconds)
-    last = (length_s - wanted_s + 1e-6) / config.windows.stride_seconds
-    return max(1, math.floor(last) + 1)
-
-
-def _lengths(root: str, clips: list[Clip], config: EncodeConfig) -> dict[str, float]:
-    """Measure the media of each uri, in seconds; 0 where that fails: decoding will say why."""
-    from pipeline.demux import media_length  # libav, which plans without windows don't need
-
-    store = MediaStore(root, config.cache_dir, int(config.cache_gb * 1e9))
-
-    def length_s(uri: str) -> float:
-        try:
-            with store.local(uri) as path:
-                return media_length(path)
-        except ClipError:
-            return 0.0
-
-    uris = list(dict.fromkeys(clip.uri for clip in clips))
-    return dict(zip(uris, in_threads(length_s, uris, "lengths"), strict=True))
+        return float(value)
+    except OverflowError:
+        return math.inf

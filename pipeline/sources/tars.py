@@ -10,29 +10,35 @@ be missing from the plan without a word.
 from __future__ import annotations
 
 import tarfile
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import pyarrow as pa
+
+from pipeline import format as fmt
 from pipeline.folders import UriError, check_uri, is_hidden
-from pipeline.media import Clip
 from pipeline.settings import ConfigError
 from pipeline.sources.folder import caption_text
 from pipeline.sources.rows import (
     MEDIA_SUFFIXES,
+    TEXT,
     UNTOLD_S,
+    Listing,
     Source,
-    folder_key,
+    check_fields,
+    clip_batch,
+    first_repeat,
+    folder_keys,
     hashed_key,
     in_threads,
-    read_fields,
     reading,
+    versions,
 )
 from pipeline.sources.table import json_object
 from pipeline.storage import Folder
+from pipeline.tables import pc
 
 MAX_SIDECAR_BYTES = 16 << 20
 # Brings a member's header, the captions before it and the header after it in one request.
@@ -41,35 +47,60 @@ REQUEST_BYTES = 1 << 16
 DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, MemoryError)
 # A member, and its content if it is a text.
 Member = tuple[tarfile.TarInfo, bytes | None]
+JSON_FIELDS = ("start_s", "duration_s", "caption", "label", "split")
+
+
+class Sample(NamedTuple):
+    """A sample with media: the text's caption, and what its JSON says by field, not checked."""
+
+    name: str
+    uri: str
+    caption: str
+    row: dict[str, Any]
 
 
 def tars_source(folder: Folder, tars: list[str], num_skipped: int) -> Source:
     """Make a clip of every sample of the tars that has media.
 
-    Keys of samples that several tars use get a hash of their tar's name.
-
     Raises:
-        ConfigError: a damaged tar, a refused member, a sample that is there twice, no media.
+        ConfigError: a tar can't be found. On reading: a damaged tar, a refused member, a sample
+            that is there twice, no media.
     """
+    state = fmt.canonical_json(versions(folder, tars))
+    return Source("tars", folder.root, state, lambda: _read_tars(folder, tars, num_skipped))
+
+
+def _read_tars(folder: Folder, tars: list[str], num_skipped: int) -> Listing:
+    """List the samples; keys that several tars use get a hash of their tar's name."""
     listed = in_threads(lambda tar: _tar_clips(folder, tar), tars, "tars")
-    pairs = [(clip, tar) for tar, (clips, _) in zip(tars, listed, strict=True) for clip in clips]
-    if not pairs:
+    keys = pa.concat_tables(listing.clips for listing in listed)["key"]
+    if not len(keys):
         raise ConfigError(
             f"--src {folder.root}: no media in {len(tars)} tars; expected members named key.mp4 "
             f"or another of {', '.join(sorted(MEDIA_SUFFIXES))}"
         )
-    uses = Counter(clip.key for clip, _ in pairs)
-    clips = [
-        replace(clip, key=hashed_key(clip.key, f"{tar}/{clip.key}")) if uses[clip.key] > 1 else clip
-        for clip, tar in pairs
-    ]
-    return Source("tars", folder.root, clips, num_skipped + sum(other for _, other in listed))
+    uses = pc.value_counts(keys)
+    shared = uses.field("values").filter(pc.greater(uses.field("counts"), 1))
+
+    def named_apart(clips: pa.Table, tar: str) -> pa.Table:
+        is_shared = pc.is_in(clips["key"], shared).to_pylist()
+        told = [
+            hashed_key(key, f"{tar}/{key}") if again else key
+            for key, again in zip(clips["key"].to_pylist(), is_shared, strict=True)
+        ]
+        return clips.set_column(0, "key", pa.array(told, TEXT))
+
+    clips = [listing.clips for listing in listed]
+    if len(shared):
+        clips = [named_apart(part, tar) for part, tar in zip(clips, tars, strict=True)]
+    num_skipped += sum(listing.num_skipped for listing in listed)
+    return Listing(pa.concat_tables(clips), num_skipped)
 
 
-def _tar_clips(folder: Folder, tar: str) -> tuple[list[Clip], int]:
-    """Return a tar's clips, and how many members are no part of one."""
+def _tar_clips(folder: Folder, tar: str) -> Listing:
+    """List a tar's clips, and count its members that are no part of one."""
     where = f"{folder.root}/{tar}"
-    clips: dict[str, Clip] = {}
+    samples: list[Sample] = []
     num_members = num_used = 0
     with reading(where), folder.open(tar, REQUEST_BYTES) as file:
         for sample, members in _samples(_members(file, where), where):
@@ -81,12 +112,9 @@ def _tar_clips(folder: Folder, tar: str) -> tuple[list[Clip], int]:
             if len(media) > 1:
                 raise ConfigError(f"{where} sample {sample!r} has {len(media)} media, expected one")
             uri = f"{tar}#{media[0].offset_data}+{media[0].size}/{media[0].name}"
-            clip = _clip(sample, uri, texts, where)
-            if clip.key in clips:
-                raise ConfigError(f"{where}: two samples would have the key {clip.key}; rename one")
-            clips[clip.key] = clip
+            samples.append(_sample(sample, uri, texts, where))
             num_used += 1 + len(texts)
-    return list(clips.values()), num_members - num_used
+    return Listing(_clips(samples, where), num_members - num_used)
 
 
 def _samples(
@@ -117,20 +145,34 @@ def _sample_and_suffix(name: str) -> tuple[str, str]:
     return name[: len(name) - len(suffix) - 1], f".{suffix.lower()}"
 
 
-def _clip(sample: str, uri: str, texts: dict[str, bytes], tar: str) -> Clip:
-    where = f"{tar} member {sample}"
+def _sample(name: str, uri: str, texts: dict[str, bytes], tar: str) -> Sample:
+    where = f"{tar} member {name}"
+    caption = caption_text(texts.get(".txt", b""), f"{where}.txt")
     row = json_object(texts[".json"], f"{where}.json") if ".json" in texts else {}
-    told = {name: row.get(name) for name in ("start_s", "duration_s", "caption", "label", "split")}
-    fields = read_fields(told, f"{where}.json")
-    return Clip(
-        key=folder_key(f"{sample}."),
-        uri=uri,
-        start_s=fields.start_s or 0.0,
-        duration_s=fields.duration_s or UNTOLD_S,
-        caption=caption_text(texts.get(".txt", b""), f"{where}.txt") or fields.caption,
-        label=fields.label,
-        split=fields.split,
+    return Sample(name, uri, caption, {field: row.get(field) for field in JSON_FIELDS})
+
+
+def _clips(samples: list[Sample], tar: str) -> pa.Table:
+    """Name the samples, and check what their JSON says."""
+    keys = pa.chunked_array(
+        [folder_keys(pa.array([f"{sample.name}." for sample in samples], TEXT))]
     )
+    if repeat := first_repeat(keys):
+        raise ConfigError(f"{tar}: two samples would have the key {keys[repeat[0]]}; rename one")
+    told = {field: [sample.row[field] for sample in samples] for field in JSON_FIELDS}
+    fields = check_fields(told, len(samples), lambda row: f"{tar} member {samples[row].name}.json")
+    captions = zip(
+        [sample.caption for sample in samples], fields["caption"].to_pylist(), strict=True
+    )
+    columns = {
+        **fields,
+        "key": keys.chunk(0),
+        "uri": [sample.uri for sample in samples],
+        "start_s": fields["start_s"].fill_null(0.0),
+        "duration_s": fields["duration_s"].fill_null(UNTOLD_S),
+        "caption": [text or other for text, other in captions],
+    }
+    return pa.Table.from_batches([clip_batch(columns)])
 
 
 def _members(file: BinaryIO, where: str) -> Iterator[Member]:

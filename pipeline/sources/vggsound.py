@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Iterator
 
+from pipeline import format as fmt
 from pipeline.config import EncodeConfig
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
-from pipeline.sources.rows import Source, media_files, reading
-from pipeline.sources.table import csv_rows
+from pipeline.sources.rows import Listing, Source, clip_table, media_files, reading
+from pipeline.sources.table import content_hash, csv_rows
 from pipeline.storage import Folder
 
 CSV_NAME = "vggsound.csv"
@@ -17,30 +18,41 @@ WANTED = "expected id,start,label,split such as -26aVYRtEAc,30,female singing,tr
 
 
 def vggsound_source(lists: Folder, name: str, media: Folder, config: EncodeConfig) -> Source:
-    """Read the csv and find each row's file, ``<id>_<start, 6 digits>.<any>``, below ``media``.
+    """List the media; find each row's file, ``<id>_<start, 6 digits>.<any>``, below ``media``.
 
     A row without a file is a clip all the same; decoding finds it missing.
 
     Raises:
-        ConfigError: a row that is none, a clip that is there twice, nothing at all.
+        ConfigError: the media can't be listed. On reading: a row that is none, a clip that is there
+            twice, nothing at all.
     """
     with reading(f"media folder {media.root}"):
         found, _ = media.list_files()
     found = media_files(found, media.root)
     files = {uri.rpartition("/")[2].rpartition(".")[0]: uri for uri in found}
-    clips: dict[str, Clip] = {}
+
+    def read() -> Listing:
+        clips = clip_table(_clips(lists, name, files, config))
+        if not len(clips):
+            raise ConfigError(f"{lists.root}/{name} has no row; {WANTED}")
+        num_found = len(files.keys() & set(clips["key"].to_pylist()))
+        return Listing(clips, len(files) - num_found)
+
+    state = fmt.canonical_json([content_hash(lists, name), found])
+    return Source("vggsound", media.root, state, read)
+
+
+def _clips(lists: Folder, name: str, files: dict[str, str], config: EncodeConfig) -> Iterator[Clip]:
+    seen: set[str] = set()
     for where, row in csv_rows(lists, name):
-        clip = _clip(row, where, config)
-        if clip.key in clips:
+        clip = _clip(row, where, files, config)
+        if clip.key in seen:
             raise ConfigError(f"{where}: {clip.key} is there twice; remove one")
-        clips[clip.key] = replace(clip, uri=files.get(clip.key, f"{clip.key}.mp4"))
-    if not clips:
-        raise ConfigError(f"{lists.root}/{name} has no row; {WANTED}")
-    num_skipped = len(set(files) - set(clips))
-    return Source("vggsound", media.root, list(clips.values()), num_skipped)
+        seen.add(clip.key)
+        yield clip
 
 
-def _clip(row: list[str], where: str, config: EncodeConfig) -> Clip:
+def _clip(row: list[str], where: str, files: dict[str, str], config: EncodeConfig) -> Clip:
     if len(row) != 4:
         raise ConfigError(
             f"{where}: {len(row)} fields in {','.join(row)!r}, {WANTED}; other tables have a "
@@ -56,4 +68,5 @@ def _clip(row: list[str], where: str, config: EncodeConfig) -> Clip:
     caption = "" if config.caption_template else " ".join(label.split())
     # The files are cut already: the clip starts at their second 0.
     key = f"{identity}_{int(start):06d}"
-    return Clip(key, "", 0.0, config.clip.seconds, caption, label, split)
+    uri = files.get(key, f"{key}.mp4")
+    return Clip(key, uri, 0.0, config.clip.seconds, caption, label, split)

@@ -17,7 +17,7 @@ import webdataset
 
 from pipeline import format as fmt
 from pipeline.mux import write_mp4
-from pipeline.plan import read_clips
+from pipeline.plan_table import PlanTable
 
 SETTINGS = ["shard_size=4", "video.size=64", "video.fps=16", "clip.seconds=2", "decoders=1"]
 RUN_TIMEOUT_S = 180
@@ -254,9 +254,9 @@ def rows_of(out, modality, wanted=None):
     """Return key -> (status, shape) of a column."""
     plan = fmt.read_plan(out)
     column = fmt.find_column(out, modality, wanted, plan.plan_id)
-    found = {}
+    found, table = {}, PlanTable(out, plan)
     for shard, rows in enumerate(plan.shard_rows().tolist()):
-        keys = [clip.key for clip in read_clips(out, shard)]
+        keys = table.read(shard, [])["key"]
         for key, record in zip(keys, column.index(shard, rows), strict=True):
             found[key] = (fmt.STATUSES[record["status"]], tuple(record["shape"].tolist()))
     return found

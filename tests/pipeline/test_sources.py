@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -11,8 +12,10 @@ from hypothesis import strategies as st
 from pipeline.config import EncodeConfig
 from pipeline.format import check_key
 from pipeline.settings import ConfigError
-from pipeline.sources import MEDIA_SUFFIXES, folder_key, open_source
-from pipeline.sources.rows import num_windows
+from pipeline.sources import MEDIA_SUFFIXES, open_source
+from pipeline.sources.rows import TEXT, folder_keys
+from pipeline.sources.spans import num_windows
+from tests.pipeline.listed import read
 
 
 def put(root, *names, content="x"):
@@ -23,7 +26,7 @@ def put(root, *names, content="x"):
 
 
 def listed(root, **config):
-    return open_source(str(root), EncodeConfig(**config))
+    return read(open_source(str(root), EncodeConfig(**config)))
 
 
 def uris(source):
@@ -169,7 +172,7 @@ def test_keys_are_unique_whatever_the_names(tmp_path_factory, found):
 
 @given(NAMES, NAMES)
 def test_folder_key_tells_paths_apart(one, other):
-    keys = [folder_key(f"{name}.mp4") for name in (one, other)]
+    keys = folder_keys(pa.array([f"{name}.mp4" for name in (one, other)], TEXT)).to_pylist()
     assert (keys[0] == keys[1]) == (one == other)
     for key in keys:
         check_key(key)

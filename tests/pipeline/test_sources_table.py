@@ -13,6 +13,7 @@ from pipeline.config import EncodeConfig
 from pipeline.format import check_key
 from pipeline.settings import ConfigError
 from pipeline.sources import open_source
+from tests.pipeline.listed import read
 
 ROWS = [
     {"uri": "a.mp4"},
@@ -50,7 +51,7 @@ def write(path, rows, columns=COLUMNS):
 
 
 def listed(path, **config):
-    return open_source(str(path), EncodeConfig(**config))
+    return read(open_source(str(path), EncodeConfig(**config)))
 
 
 SUFFIXES = [".csv", ".jsonl", ".parquet"]

@@ -18,6 +18,7 @@ from pipeline.format import check_key
 from pipeline.settings import ConfigError
 from pipeline.sources import open_source
 from pipeline.storage import MediaStore
+from tests.pipeline.listed import read
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 
@@ -46,7 +47,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def listed(path, **config):
-    return open_source(str(path), EncodeConfig(**config))
+    return read(open_source(str(path), EncodeConfig(**config)))
 
 
 def contents(source, tmp_path):

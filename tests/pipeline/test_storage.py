@@ -18,6 +18,7 @@ from pipeline.media import ClipError
 from pipeline.settings import ConfigError
 from pipeline.sources import open_source
 from pipeline.storage import MediaStore, open_folder
+from tests.pipeline.listed import read
 from tests.pipeline.servers import http_server, s3_server
 
 FILM = b"film" * 1000
@@ -350,11 +351,15 @@ def test_http_server_without_ranges_gives_small_files_and_says_why_not_big_ones(
         assert error.status == "unreadable" and "ranges of bytes" in error.message
 
 
+def listed(src, config):
+    return read(open_source(src, config))
+
+
 def test_http_folder_is_listed_by_its_index_pages(root, tmp_path):
     (root / "in" / "a.txt").write_text("a dog barks")
     (root / "in" / "b c.mp4").write_bytes(FILM)
     with http_server(root) as server:
-        source = open_source(server.url, storage_config(tmp_path))
+        source = listed(server.url, storage_config(tmp_path))
         assert {clip.uri: clip.caption for clip in source.clips} == {
             "in/a.mp4": "a dog barks",
             "in/b c.mp4": "",
@@ -406,8 +411,8 @@ def test_s3_prefix_of_real_clips_is_the_folder_they_were_copied_from(s3, shared_
     first = min((local / "dog").iterdir())
     first.with_suffix(".txt").write_text("a dog")
     s3.put(str(local), "clips/folders", recursive=True)
-    here = open_source(str(local), storage_config(tmp_path))
-    there = open_source("s3://clips/folders/", storage_config(tmp_path))
+    here = listed(str(local), storage_config(tmp_path))
+    there = listed("s3://clips/folders/", storage_config(tmp_path))
     assert sorted(here.clips, key=lambda c: c.key) == sorted(there.clips, key=lambda c: c.key)
     assert there.root == "s3://clips/folders" and "a dog" in {c.caption for c in there.clips}
     store = store_of(there.root, tmp_path, 10**8)
@@ -421,8 +426,8 @@ def test_s3_tars_and_tables_are_read_in_place(s3, shared_clips, tmp_path):
     members = {"000.mp4": films[0].read_bytes(), "000.txt": b"a dog", "001.mp4": b"film"}
     tar_of(tmp_path / "0.tar", members)
     s3.put_file(str(tmp_path / "0.tar"), "clips/tars/0.tar")
-    source = open_source("s3://clips/tars", storage_config(tmp_path))
-    assert source == open_source("s3://clips/tars/0.tar", storage_config(tmp_path))
+    source = listed("s3://clips/tars", storage_config(tmp_path))
+    assert source == listed("s3://clips/tars/0.tar", storage_config(tmp_path))
     assert {clip.key: clip.caption for clip in source.clips} == {"000": "a dog", "001": ""}
     store = store_of(source.root, tmp_path, 10**8)
     assert {c.key: content(store, c.uri) for c in source.clips} == {
@@ -438,18 +443,18 @@ def test_s3_tars_and_tables_are_read_in_place(s3, shared_clips, tmp_path):
     for name, data in tables.items():
         s3.pipe_file(f"clips/tables/{name}", data)
         config = storage_config(tmp_path, media="s3://clips/tars/")
-        (clip,) = open_source(f"s3://clips/tables/{name}", config).clips
+        (clip,) = listed(f"s3://clips/tables/{name}", config).clips
         assert (clip.uri, clip.key) == ("x.mp4", "x_000002000")
     with pytest.raises(ConfigError, match=r"nothing\.csv: no such file"):
-        open_source("s3://clips/tars/nothing.csv", storage_config(tmp_path))
+        listed("s3://clips/tars/nothing.csv", storage_config(tmp_path))
 
 
 def test_csv_of_vggsound_here_finds_its_media_on_s3(s3, shared_clips, tmp_path):
     s3.put(str(shared_clips / "vggsound" / "video"), "clips/vgg", recursive=True)
     csv = str(shared_clips / "vggsound" / "vggsound.csv")
-    source = open_source(csv, storage_config(tmp_path, media="s3://clips/vgg"))
+    source = listed(csv, storage_config(tmp_path, media="s3://clips/vgg"))
     video = str(shared_clips / "vggsound" / "video")
-    assert source.clips == open_source(csv, storage_config(tmp_path, media=video)).clips
+    assert source.clips == listed(csv, storage_config(tmp_path, media=video)).clips
     store = store_of(source.root, tmp_path, 10**8)
     clip = source.clips[0]
     assert content(store, clip.uri) == Path(video, clip.uri).read_bytes()
@@ -459,14 +464,14 @@ def test_cache_that_cannot_be_made_is_said_before_a_clip_is_tried(s3, tmp_path):
     s3.pipe_file("clips/one/a.mp4", FILM)
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ConfigError, match=r"media cache .*set cache_dir"):
-        open_source("s3://clips/one", storage_config(tmp_path))
+        listed("s3://clips/one", storage_config(tmp_path))
 
 
 def test_s3_media_are_measured_for_windows(s3, shared_clips, tmp_path):
     film = min((shared_clips / "folders" / "dog").glob("*.mp4"))
     s3.put_file(str(film), "clips/long/a.mp4")
     config = storage_config(tmp_path, windows={"seconds": 4})
-    clips = open_source("s3://clips/long", config).clips
+    clips = listed("s3://clips/long", config).clips
     assert [(clip.key, clip.start_s, clip.duration_s) for clip in clips] == [
         ("a_000000000", 0.0, 4.0),
         ("a_000004000", 4.0, 4.0),
@@ -475,5 +480,5 @@ def test_s3_media_are_measured_for_windows(s3, shared_clips, tmp_path):
 
 
 def test_local_path_of_a_root_named_by_url_is_read(root, tmp_path):
-    source = open_source(f"file://{root}", storage_config(tmp_path))
+    source = listed(f"file://{root}", storage_config(tmp_path))
     assert source.root == str(root) and Path(source.root, source.clips[0].uri).read_bytes() == FILM
