@@ -17,13 +17,14 @@ from pipeline.measures import picture_measures, sound_measures
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 from pipeline.picture import decode_picture
 from pipeline.sound import decode_sound
-from pipeline.tracks import AudioProbe, VideoProbe
+from pipeline.streams import AudioProbe, VideoProbe
 
 # A last frame counts when at most this share of its interval is missing: streams of "10 s" end
 # some milliseconds early as often as late, and 79 frames for 80 would waste the clip.
 LAST_FRAME_SLACK = 0.2
 # Lengths that differ by less are the same: Matroska rounds to 1 ms.
 SAME_LENGTH_S = 0.005
+NAMES = {"video": "a picture", "audio": "sound"}
 
 
 def decode_clip(path: Path, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
@@ -59,77 +60,60 @@ def read_sound(path: Path, sample_rate: int) -> np.ndarray:
             message = f"{path} has {probed.streams}, expected sound that can be decoded"
             raise ClipError("no_audio", message)
         duration_s = audio.end_s - probed.zero_s
-        native, _ = decode_sound(probed, audio, probed.zero_s, duration_s, channels=1)
-    return _resampled(native, audio.sample_rate, sample_rate, duration_s)[0]
+        native = decode_sound(probed, audio, probed.zero_s, duration_s, channels=1)
+    return _resampled(native.samples, audio.sample_rate, sample_rate, duration_s)[0]
 
 
 def _decode(probed: Probe, clip: Clip, settings: DecodeSettings, wanted: set[str]) -> Decoded:
-    duration_s, shares = _common_span(probed, clip)
-    facts = _facts(probed) | {"duration_s": duration_s}
+    first_s = probed.zero_s + clip.start_s
+    duration_s = _common_s(probed, first_s, clip.duration_s)
+    facts = _facts(probed, first_s, duration_s)
     problems: dict[str, tuple[str, str]] = {}
-    frames = sound = None
-    try:
-        frames = _decode_video(probed, clip, settings, facts, shares["video"], wanted)
-    except ClipError as error:
-        problems["video"] = (error.status, error.message)
-    try:
-        sound = _decode_audio(probed, clip, settings, facts, shares["audio"], wanted)
-    except ClipError as error:
-        problems["audio"] = (error.status, error.message)
-    return Decoded(frames, sound, problems, facts)
+    media: dict[str, np.ndarray] = {}
+    for modality, stream in (("video", probed.video), ("audio", probed.audio)):
+        try:
+            if stream is None:
+                message = f"found {probed.streams}, expected {NAMES[modality]} to decode"
+                raise ClipError(f"no_{modality}", message)
+            _expect_a_frame(duration_s, clip, settings)
+            if modality in wanted:
+                media[modality], found = (
+                    _decode_video(probed, stream, first_s, duration_s, settings)
+                    if isinstance(stream, VideoProbe)
+                    else _decode_audio(probed, stream, first_s, duration_s, settings)
+                )
+                facts |= found
+        except ClipError as error:
+            problems[modality] = (error.status, error.message)
+    return Decoded(media.get("video"), media.get("audio"), problems, facts)
 
 
 def _decode_video(
-    probed: Probe,
-    clip: Clip,
-    settings: DecodeSettings,
-    facts: dict[str, Any],
-    there_share: float,
-    wanted: set[str],
-) -> np.ndarray | None:
-    """Return the frames, uint8 [T, height, width, 3], and add what was found to ``facts``."""
-    if probed.video is None:
-        raise ClipError(
-            "no_video", f"found {probed.streams}, expected a picture that can be decoded"
-        )
-    facts["video_decoded_share"] = there_share
-    count = int(facts["duration_s"] * settings.fps + LAST_FRAME_SLACK)
-    if count == 0:
-        raise _no_frame(facts["duration_s"], there_share, clip, settings)
-    if "video" not in wanted:
-        return None
-    picture = decode_picture(probed, probed.video, probed.zero_s + clip.start_s, count, settings)
+    probed: Probe, video: VideoProbe, first_s: float, duration_s: float, settings: DecodeSettings
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the frames, uint8 [T, height, width, 3], and what was found."""
+    there_share = _there_share(video, first_s, duration_s)
+    if there_share == 0:
+        message = f"found no frame of it, expected {duration_s:.2f} s: the file is cut off"
+        raise ClipError("truncated", message)
+    picture = decode_picture(probed, video, first_s, _num_frames(duration_s, settings), settings)
     microseconds = np.round((picture.pts_s - probed.zero_s) * 1e6).astype("<i8")
-    facts |= picture_measures(picture.frames, settings.fps)
-    facts["video_decoded_share"] = there_share * picture.decoded_share
-    facts["pts_hash"] = hashlib.blake2b(microseconds.tobytes(), digest_size=8).hexdigest()
-    facts["decoder"] = picture.decoder
-    facts["num_frames"] = count
-    return picture.frames
+    return picture.frames, picture_measures(picture.frames, settings.fps) | {
+        "video_decoded_share": there_share * picture.decoded_share,
+        "pts_hash": hashlib.blake2b(microseconds.tobytes(), digest_size=8).hexdigest(),
+        "decoder": picture.decoder,
+        "num_frames": len(picture.frames),
+    }
 
 
 def _decode_audio(
-    probed: Probe,
-    clip: Clip,
-    settings: DecodeSettings,
-    facts: dict[str, Any],
-    there_share: float,
-    wanted: set[str],
-) -> np.ndarray | None:
-    """Return the sound, float32 [channels, N], and add what was found to ``facts``."""
-    audio, duration_s = probed.audio, facts["duration_s"]
-    if audio is None:
-        raise ClipError("no_audio", f"found {probed.streams}, expected sound that can be decoded")
-    facts["audio_decoded_share"] = there_share
-    if int(duration_s * settings.fps + LAST_FRAME_SLACK) == 0:
-        raise _no_frame(duration_s, there_share, clip, settings)
-    if "audio" not in wanted:
-        return None
-    first_s = probed.zero_s + clip.start_s
-    native, decoded_share = decode_sound(probed, audio, first_s, duration_s, settings.channels)
-    facts |= sound_measures(native, audio.sample_rate)
-    facts["audio_decoded_share"] = there_share * decoded_share
-    return _resampled(native, audio.sample_rate, settings.sample_rate, duration_s)
+    probed: Probe, audio: AudioProbe, first_s: float, duration_s: float, settings: DecodeSettings
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the sound, float32 [channels, N], and what was found."""
+    native = decode_sound(probed, audio, first_s, duration_s, settings.channels)
+    sound = _resampled(native.samples, audio.sample_rate, settings.sample_rate, duration_s)
+    found = sound_measures(native.mono, audio.sample_rate)
+    return sound, found | {"audio_decoded_share": native.decoded_share}
 
 
 def _resampled(native: np.ndarray, from_hz: int, to_hz: int, duration_s: float) -> np.ndarray:
@@ -139,46 +123,53 @@ def _resampled(native: np.ndarray, from_hz: int, to_hz: int, duration_s: float) 
     return np.pad(sound, ((0, 0), (0, count - sound.shape[1])))
 
 
-def _no_frame(
-    duration_s: float, there_share: float, clip: Clip, settings: DecodeSettings
-) -> ClipError:
-    status = "too_short" if there_share == 1.0 else "truncated"
-    return ClipError(
-        status,
-        f"found {duration_s:.3f} s of picture and sound from second {clip.start_s:g}, "
-        f"expected {1 / settings.fps:g} s at least: one frame at {settings.fps:g} fps",
-    )
+def _num_frames(duration_s: float, settings: DecodeSettings) -> int:
+    return int(duration_s * settings.fps + LAST_FRAME_SLACK)
 
 
-def _common_span(probed: Probe, clip: Clip) -> tuple[float, dict[str, float]]:
-    """Return the clip's real length, and modality -> share there of what the index promises."""
-    duration_s, shares = clip.duration_s, {"video": 0.0, "audio": 0.0}
-    start_s = probed.zero_s + clip.start_s
+def _expect_a_frame(duration_s: float, clip: Clip, settings: DecodeSettings) -> None:
+    if _num_frames(duration_s, settings) == 0:
+        raise ClipError(
+            "too_short",
+            f"found {duration_s:.3f} s of picture and sound from second {clip.start_s:g}, "
+            f"expected {1 / settings.fps:g} s at least: one frame at {settings.fps:g} fps",
+        )
+
+
+def _common_s(probed: Probe, first_s: float, duration_s: float) -> float:
+    """Return the clip's real length; what is cut off one stream does not shorten the other."""
+    for stream in (probed.video, probed.audio):
+        if stream:
+            there_s = max(stream.end_s - first_s, 0.0)
+            declared_s = stream.declared_end_s - first_s
+            cut_off = there_s < min(duration_s, declared_s) - SAME_LENGTH_S
+            duration_s = min(duration_s, declared_s if cut_off else there_s)
+    return duration_s
+
+
+def _there_share(stream: VideoProbe | AudioProbe, first_s: float, duration_s: float) -> float:
+    """Return the share of a span that a stream lasts, of the part behind its start."""
+    begins_s, ends_s = max(stream.start_s, first_s), first_s + duration_s
+    if begins_s >= ends_s:
+        return 1.0
+    return min(max(stream.end_s - begins_s, 0.0) / (ends_s - begins_s), 1.0)
+
+
+def _facts(probed: Probe, first_s: float, duration_s: float) -> dict[str, Any]:
+    """Return what is known without decoding."""
+    facts: dict[str, Any] = {"content_hash": probed.content_hash, "duration_s": duration_s}
     for modality, stream in (("video", probed.video), ("audio", probed.audio)):
-        if stream is None:
-            continue
-        there_s = max(stream.end_s - start_s, 0.0)
-        expected_s = min(clip.duration_s, stream.declared_end_s - start_s)
-        if there_s >= expected_s - SAME_LENGTH_S:
-            shares[modality] = 1.0
-        else:
-            shares[modality] = there_s / expected_s
-            # What was cut off one of them does not shorten the other, but if nothing is left.
-            there_s = expected_s if there_s else 0.0
-        duration_s = min(duration_s, there_s)
-    return duration_s, shares
-
-
-def _facts(probed: Probe) -> dict[str, Any]:
-    return (
-        {"content_hash": probed.content_hash}
-        | (_video_facts(probed.video) if probed.video else {})
-        | (_audio_facts(probed.audio, probed.zero_s) if probed.audio else {})
-    )
+        if stream:
+            facts[f"{modality}_decoded_share"] = _there_share(stream, first_s, duration_s)
+    if probed.video:
+        facts |= _video_facts(probed.video)
+    if probed.audio:
+        facts |= _audio_facts(probed.audio, probed.zero_s)
+    return facts
 
 
 def _video_facts(video: VideoProbe) -> dict[str, Any]:
-    read_s = video.end_s - float(video.pts_s[0])
+    read_s = video.end_s - video.start_s
     return {
         "video_codec": video.codec,
         "width": video.width,

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.geometry import Geometry, place
-from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT, VideoProbe
+from pipeline.geometry import Geometry, paint
+from pipeline.streams import VideoProbe
+from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT, UNSPECIFIED_MATRIX
 
 # How FFmpeg's own lines start: "[h264 @ 0x5642] error while decoding MB 5 9".
 FFMPEG_LINE = re.compile(rb"\[[^\]]+ @ 0x[0-9a-f]+\]|    Last message repeated")
@@ -51,18 +52,29 @@ def decord_frames(
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         log.debug("decord fails on %s, PyAV decodes it: %s", path, error)
         return None
-    return None if errors.found else place(frames, geometry)
+    return None if errors.found else _placed(frames, geometry)
 
 
 def _is_trusted(video: VideoProbe) -> bool:
+    track = video.track
+    tagged = track.stream.codec_context.colorspace != UNSPECIFIED_MATRIX
     return (
-        video.track.has_exact_seek
-        and video.whole
-        and video.hidden_frames == 0
+        track.has_exact_seek
+        and track.whole
+        and len(track.shown) == len(track.timings)
         and video.rotation == 0
         and not video.mirrored
-        and (video.matrix_tagged or video.height <= SD_HEIGHT)
+        and (tagged or video.height <= SD_HEIGHT)
     )
+
+
+def _placed(frames: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Crop frames [T, h, w, 3], or put black around them."""
+    if frames.shape[1:3] == (geometry.height, geometry.width):
+        return frames
+    placed = np.zeros((len(frames), geometry.height, geometry.width, 3), dtype=np.uint8)
+    paint(np.moveaxis(placed, -1, 1), np.moveaxis(frames, -1, 1))
+    return placed
 
 
 def _same_clock(reader: Any, pts_s: np.ndarray) -> bool:

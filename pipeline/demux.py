@@ -20,11 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import av
-import numpy as np
 
 from pipeline.geometry import orientation
 from pipeline.media import Clip, ClipError
-from pipeline.tracks import AudioProbe, Track, VideoProbe
+from pipeline.streams import (
+    AudioProbe,
+    VideoProbe,
+    audio_probe,
+    describe,
+    header_s,
+    missing_s,
+    video_probe,
+)
+from pipeline.tracks import Track
 
 # A file that goes on for longer than this behind a clip is not demuxed whole.
 LONG_S = 30.0
@@ -34,9 +42,11 @@ HEAD_S = 2.0
 # How far before a clip to seek: keyframes are 1 to 10 s apart, and some demuxers miss by more.
 RUN_UPS_S = (1.0, 12.0, 60.0)
 TAIL_S = 10.0
-UNSPECIFIED_MATRIX = 2  # of AVColorSpace
+# FFmpeg has read up to so much of a file when it is open, and does not say where it found damage.
+OPENING_S = 5.0
 
 av.logging.set_level(None)
+av.logging.set_skip_repeated(False)
 
 
 @dataclass(frozen=True)
@@ -97,27 +107,25 @@ def open_media(path: Path) -> Any:
         os.close(descriptor)  # FFmpeg has its own copy
 
 
-def probe(path: Path, clip: Clip | None = None) -> Probe:
+@contextmanager
+def probing(path: Path, clip: Clip | None = None) -> Iterator[Probe]:
     """Read the timestamps of a file, or of the part of a long file that holds a clip.
+
+    The file stays open within the context, to decode what was read.
 
     Raises:
         ClipError: ``missing`` or ``unreadable``.
     """
-    with probing(path, clip) as probed:
-        return probed
-
-
-@contextmanager
-def probing(path: Path, clip: Clip | None = None) -> Iterator[Probe]:
-    """Probe as ``probe`` does, and keep the file open, to decode what was read."""
     with ExitStack() as stack:
-        container = stack.enter_context(_open(path))
         probed = None
-        if clip and _header_s(container) > clip.start_s + clip.duration_s + LONG_S:
-            probed = _probe_window(path, container, clip)
-            if probed is None:
-                container = stack.enter_context(_open(path))
-        yield probed or _probe_whole(path, container, clip)
+        with _complaints() as complaints:
+            media = _Media(stack.enter_context(_open(path)), complaints)
+            if clip and media.goes_on_behind(clip):
+                probed = _probe_window(path, media, clip)
+                if probed is None:
+                    media = _Media(stack.enter_context(_open(path)), complaints)
+            probed = probed or _probe_whole(path, media, clip)
+        yield probed
 
 
 def media_length(path: Path) -> float:
@@ -129,18 +137,33 @@ def media_length(path: Path) -> float:
         ClipError: ``missing`` or ``unreadable``.
     """
     with _open(path) as container:
-        header_s = _header_s(container)
-        if header_s > LONG_S + TAIL_S:
-            heads = _read_head(container, HEAD_S)
-            there = [track.stream for track in heads if track.usable]
+        media = _Media(container, [])
+        if header_s(container) > LONG_S + TAIL_S:
+            heads = [track for track in media.read_head(HEAD_S) if track.usable]
             zero_s = _zero_s(heads)
-            if there and _seek(container, there[0], zero_s + header_s - TAIL_S):
-                tails = _read(container, there)
+            there = [track.stream for track in heads]
+            if there and media.seek(there[0], zero_s + header_s(container) - TAIL_S):
+                tails = media.read(there)
                 if all(track.usable for track in tails):
                     return min(track.end_s for track in tails) - zero_s
-    probed = probe(path)
-    ends_s = [stream.end_s for stream in (probed.video, probed.audio) if stream]
-    return min(ends_s) - probed.zero_s
+    with probing(path) as probed:
+        ends_s = [stream.end_s for stream in (probed.video, probed.audio) if stream]
+        return min(ends_s) - probed.zero_s
+
+
+@contextmanager
+def _complaints() -> Iterator[list[tuple[int, str, str]]]:
+    """Collect what FFmpeg warns of in this thread: (level, who, message).
+
+    Only while demuxing: a decoder's own threads would wait for Python's lock, held by who waits
+    for them.
+    """
+    av.logging.set_level(av.logging.WARNING)
+    try:
+        with av.logging.Capture() as complaints:
+            yield complaints
+    finally:
+        av.logging.set_level(None)
 
 
 def _open(path: Path) -> Any:
@@ -154,14 +177,87 @@ def _open(path: Path) -> Any:
         raise ClipError("unreadable", message) from None
 
 
-def _streams(container: Any) -> list[Any]:
-    """Return the streams that can be decoded: the best picture, then the best sound."""
-    best = [container.streams.best(kind) for kind in ("video", "audio")]
-    # A stream of a codec that this FFmpeg can't decode has no codec context.
-    streams: list[Any] = [stream for stream in best if stream and stream.codec_context]
-    for stream in streams:
-        stream.codec_context.thread_count = 1
-    return streams
+class _Media:
+    """An open file to read tracks from.
+
+    Attributes:
+        torn_s: (from, to) of where what was read is known to be damaged.
+    """
+
+    def __init__(self, container: Any, complaints: list[tuple[int, str, str]]) -> None:
+        self.container = container
+        self.torn_s: list[tuple[float, float]] = []
+        self._complaints = complaints
+
+    def streams(self) -> list[Any]:
+        """Return the streams that can be decoded: the best picture, then the best sound."""
+        best = [self.container.streams.best(kind) for kind in ("video", "audio")]
+        # A stream of a codec that this FFmpeg can't decode has no codec context.
+        streams: list[Any] = [stream for stream in best if stream and stream.codec_context]
+        for stream in streams:
+            stream.codec_context.thread_count = 1
+        return streams
+
+    def goes_on_behind(self, clip: Clip) -> bool:
+        """Whether a clip is a small part of the file, and can be told without the rest.
+
+        Frames that have no times are counted from the beginning where they are reordered: how
+        many are shown before a keyframe that follows it in the file, only decoding tells.
+        """
+        long = header_s(self.container) > clip.start_s + clip.duration_s + LONG_S
+        return long and not any(
+            Track(stream).in_order and stream.type == "video" and stream.codec_context.has_b_frames
+            for stream in self.streams()
+        )
+
+    def seek(self, stream: Any, to_s: float) -> bool:
+        """Go to the keyframe of ``stream`` at or before a time; False where that fails."""
+        return _seek(self.container, stream, to_s)
+
+    def read_head(self, length_s: float) -> list[Track]:
+        """Read the beginning of the file."""
+        streams = self.streams()
+        begins_s = float((streams[0].start_time or 0) * streams[0].time_base) if streams else 0.0
+        return self.read(streams, begins_s + length_s)
+
+    def read(self, streams: list[Any], to_s: float = math.inf) -> list[Track]:
+        """Read the packets of all that is presented before ``to_s``.
+
+        A stream that lags behind by more than ``LONG_S`` has nothing there.
+        """
+        tracks = [Track(stream) for stream in streams]
+        by_index = {track.stream.index: track for track in tracks}
+        before_s = -math.inf
+        for packet in _packets(self.container, *streams) if streams else ():
+            track = by_index[packet.stream.index]
+            track.add(packet)
+            if packet.is_corrupt or self._complains():
+                reach_s = OPENING_S if before_s == -math.inf else 0.0
+                self.torn_s.append((before_s, track.read_to_s + reach_s))
+            before_s = track.read_to_s
+            if to_s < math.inf:
+                read_to_s = [track.read_to_s for track in tracks]
+                if min(read_to_s) >= to_s or max(read_to_s) >= to_s + LONG_S:
+                    break
+        for track in tracks:
+            track.finish(whole=to_s == math.inf)
+            if track.leading:
+                track.hide_leading(_decodable(track))
+            self.torn_s += track.gaps_s()
+        return tracks
+
+    def _complains(self) -> bool:
+        """Whether the demuxer has reported damage since it was asked last.
+
+        Parsers that join packets of transport streams drop the flag of those that are corrupt.
+        """
+        name = self.container.format.name
+        found = any(
+            who == name and (level <= av.logging.ERROR or message.startswith("Packet corrupt"))
+            for level, who, message in self._complaints
+        )
+        self._complaints.clear()
+        return found
 
 
 def _packets(container: Any, *streams: Any) -> Iterator[av.Packet]:
@@ -175,7 +271,6 @@ def _packets(container: Any, *streams: Any) -> Iterator[av.Packet]:
 
 
 def _seek(container: Any, stream: Any, to_s: float) -> bool:
-    """Go to the keyframe of ``stream`` at or before a time; False where that fails."""
     try:
         container.seek(int(to_s / float(stream.time_base)), stream=stream)
     except (av.FFmpegError, OSError, ValueError):
@@ -183,33 +278,9 @@ def _seek(container: Any, stream: Any, to_s: float) -> bool:
     return True
 
 
-def _header_s(container: Any) -> float:
-    return (container.duration or 0) / 1e6
-
-
 def _zero_s(tracks: list[Track]) -> float:
     """Return when the first stream starts: that of the picture where there is one."""
     return next((track.start_s for track in tracks if track.usable), 0.0)
-
-
-def _read(container: Any, streams: list[Any], to_s: float = math.inf) -> list[Track]:
-    """Read the packets of all that is presented before ``to_s``.
-
-    A stream that lags behind by more than ``LONG_S`` has nothing there.
-    """
-    tracks = [Track(stream) for stream in streams]
-    by_index = {track.stream.index: track for track in tracks}
-    for packet in _packets(container, *streams) if streams else ():
-        by_index[packet.stream.index].add(packet)
-        if to_s < math.inf:
-            read_to_s = [track.read_to_s for track in tracks]
-            if min(read_to_s) >= to_s or max(read_to_s) >= to_s + LONG_S:
-                break
-    for track in tracks:
-        track.finish()
-        if track.leading:
-            track.hide_leading(_decodable(track))
-    return tracks
 
 
 def _decodable(track: Track) -> set[int]:
@@ -225,161 +296,69 @@ def _decodable(track: Track) -> set[int]:
     return decoded
 
 
-def _read_head(container: Any, length_s: float) -> list[Track]:
-    streams = _streams(container)
-    begins_s = float((streams[0].start_time or 0) * streams[0].time_base) if streams else 0.0
-    return _read(container, streams, begins_s + length_s)
+def _probe_whole(path: Path, media: _Media, clip: Clip | None) -> Probe:
+    tracks = [track for track in media.read(media.streams()) if track.usable]
+    return _probed(path, media, tracks, tracks, clip)
 
 
-def _probe_whole(path: Path, container: Any, clip: Clip | None) -> Probe:
-    tracks = _read(container, _streams(container))
-    return _probed(path, container, tracks, _zero_s(tracks), clip)
-
-
-def _probe_window(path: Path, container: Any, clip: Clip) -> Probe | None:
+def _probe_window(path: Path, media: _Media, clip: Clip) -> Probe | None:
     """Probe the part of a long file that holds a clip; None where no seek leads there."""
     near = clip.start_s <= RUN_UPS_S[-1]
-    heads = _read_head(container, HEAD_S + (clip.start_s + clip.duration_s if near else 0.0))
+    heads = media.read_head(HEAD_S + (clip.start_s + clip.duration_s if near else 0.0))
     heads = [track for track in heads if track.usable]
-    zero_s = _zero_s(heads)
     if near and heads:
-        return _probed(path, container, heads, zero_s, clip, (heads[0].stream.index, None))
+        return _probed(path, media, heads, heads, clip, (heads[0].stream.index, None))
+    clip_s = _zero_s(heads) + clip.start_s
     for run_up_s in RUN_UPS_S if heads else ():
-        seek_s = zero_s + clip.start_s - run_up_s
-        if not _seek(container, heads[0].stream, seek_s):
+        seek_s = clip_s - run_up_s
+        if not media.seek(heads[0].stream, seek_s):
             return None
-        end_s = zero_s + clip.start_s + clip.duration_s
-        tracks = _read(container, [track.stream for track in heads], end_s + HEAD_S)
-        for place, track in enumerate(tracks):
-            if not track.usable:  # it has ended before
-                tracks[place] = heads[place]
-        if tracks[0].start_s <= zero_s + clip.start_s:
-            window = (heads[0].stream.index, seek_s)
-            return _probed(path, container, tracks, zero_s, clip, window)
+        media.torn_s.clear()
+        tracks = media.read([head.stream for head in heads], clip_s + clip.duration_s + HEAD_S)
+        # One that is not usable has ended before.
+        there = [track if track.usable else head for track, head in zip(tracks, heads, strict=True)]
+        if there[0].start_s <= clip_s:
+            return _probed(path, media, there, heads, clip, (heads[0].stream.index, seek_s))
     return None
 
 
 def _probed(
     path: Path,
-    container: Any,
+    media: _Media,
     tracks: list[Track],
-    zero_s: float,
+    heads: list[Track],
     clip: Clip | None,
     window: tuple[int, float | None] | None = None,
 ) -> Probe:
-    usable = {track.is_video: track for track in tracks if track.usable}
-    if not usable:
-        message = f"found {_describe(container)}, expected picture or sound that can be decoded"
+    """Put together what was read; of a long file, ``heads`` are the tracks of its beginning."""
+    if not tracks:
+        message = f"found {describe(media.container)}, expected picture or sound to decode"
         raise ClipError("unreadable", message)
-    missing_s = 0.0 if window else _missing_s(container, list(usable.values()))
+    lost_s = 0.0 if window else missing_s(media.container, tracks)
+    zero_s = _zero_s(heads)
+    video = audio = None
     content = hashlib.blake2b(digest_size=16)
-    for track in tracks if clip else ():
-        from_s = zero_s + clip.start_s if clip else 0.0
-        content.update(track.content(from_s, from_s + clip.duration_s if clip else 0.0))
+    for track, head in zip(tracks, heads, strict=True):
+        if track.is_video:
+            video = video_probe(track, _orientation(track), media.torn_s, lost_s)
+        else:
+            audio = audio_probe(track, head.start_s, lost_s)
+        if clip:
+            from_s = zero_s + clip.start_s
+            content.update(track.content(from_s, from_s + clip.duration_s))
     return Probe(
         path=path,
-        video=_video_probe(usable[True], window is None, missing_s) if True in usable else None,
-        audio=_audio_probe(usable[False], window is None, missing_s) if False in usable else None,
+        video=video,
+        audio=audio,
         zero_s=zero_s,
         content_hash=content.hexdigest() if clip else "",
-        streams=_describe(container),
+        streams=describe(media.container),
         window=window,
     )
 
 
-def _describe(container: Any) -> str:
-    """Name the streams of a file: "video h264, audio of a codec that FFmpeg can't decode"."""
-    names = [
-        f"{stream.type} {stream.codec_context.name}"
-        if stream.codec_context
-        else f"{stream.type} of a codec that FFmpeg can't decode"
-        for stream in container.streams
-    ]
-    return ", ".join(names) or "no stream"
-
-
-def _declared_end_s(track: Track, missing_s: float) -> float:
-    """Return when a stream ends by its own length in the header (Matroska), or by the file's."""
-    hours, _, rest = track.stream.metadata.get("DURATION", "").partition(":")
-    minutes, _, seconds = rest.partition(":")
-    try:
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except ValueError:
-        return track.end_s + missing_s
-
-
-def _missing_s(container: Any, tracks: list[Track]) -> float:
-    """Return how much earlier all streams end than a Matroska header says; it counts no frames.
-
-    Where there are others, such as subtitles, the length may be theirs.
-    """
-    matroska = "matroska" in container.format.name and container.duration
-    if not matroska or len(container.streams) > len(tracks):
-        return 0.0
-    return max(_header_s(container) - max(track.end_s for track in tracks), 0.0)
-
-
-def _video_probe(track: Track, whole: bool, missing_s: float) -> VideoProbe:
-    stream = track.stream
-    length_s = track.end_s - track.start_s
-    declared_end_s = _declared_end_s(track, missing_s)
-    if not whole:
-        declared_end_s, length_s = _by_index(track)
-    elif stream.frames and len(track.timings) > 1:
-        declared_end_s = track.start_s + stream.frames / len(track.timings) * length_s
-    rotation, mirrored, matrix_tagged = _look(track)
-    return VideoProbe(
-        codec=stream.codec_context.name,
-        width=stream.width,
-        height=stream.height,
-        pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
-        rotation=rotation,
-        mirrored=mirrored,
-        matrix_tagged=matrix_tagged,
-        pts_s=np.array(sorted(timing.pts for timing in track.shown)) * track.tick_s,
-        end_s=track.end_s,
-        length_s=length_s,
-        declared_end_s=declared_end_s,
-        hidden_frames=len(track.timings) - len(track.shown),
-        holes=track.holes(),
-        whole=whole,
-        track=track,
-    )
-
-
-def _audio_probe(track: Track, whole: bool, missing_s: float) -> AudioProbe:
-    stream, context = track.stream, track.stream.codec_context
-    length_s = track.end_s - track.start_s
-    declared_end_s = _declared_end_s(track, missing_s)
-    if not whole:
-        declared_end_s, length_s = _by_index(track)
-    elif stream.frames and context.frame_size:  # counted in packets, priming and padding too
-        declared_end_s = track.start_s + stream.frames / len(track.timings) * length_s
-    elif stream.frames:  # PCM is counted in samples
-        declared_end_s = track.start_s + stream.frames / context.sample_rate
-    return AudioProbe(
-        codec=context.name,
-        sample_rate=context.sample_rate,
-        channels=context.channels,
-        start_s=track.start_s,
-        end_s=track.end_s,
-        length_s=length_s,
-        declared_end_s=declared_end_s,
-        track=track,
-    )
-
-
-def _by_index(track: Track) -> tuple[float, float]:
-    """Return when a stream of which a part was read ends at least, and its length."""
-    entries = track.stream.index_entries
-    declared_end_s = entries[-1].timestamp * track.tick_s if len(entries) else -math.inf
-    duration = track.stream.duration
-    length_s = duration * track.tick_s if duration else _header_s(track.stream.container)
-    return declared_end_s, length_s
-
-
-def _look(track: Track) -> tuple[int, bool, bool]:
-    """Decode a first frame: rotation, mirrored, and whether its colours are tagged."""
+def _orientation(track: Track) -> tuple[int, bool]:
+    """Decode a first frame: its rotation, and whether it is mirrored."""
     context = track.stream.codec_context
     for count in sorted({1, len(track.first)}):
         frames = []
@@ -389,6 +368,5 @@ def _look(track: Track) -> tuple[int, bool, bool]:
         context.flush_buffers()
         for frame in frames:
             matrix = frame.side_data.get("DISPLAYMATRIX")
-            rotation, mirrored = orientation(bytes(matrix)) if matrix else (0, False)
-            return rotation, mirrored, frame.colorspace != UNSPECIFIED_MATRIX
-    return 0, False, False  # nothing decodes: the frame count will tell
+            return orientation(bytes(matrix)) if matrix else (0, False)
+    return 0, False  # nothing decodes: the frame count will tell

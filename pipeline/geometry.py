@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.media import DecodeSettings
-from pipeline.tracks import VideoProbe
+from pipeline.streams import VideoProbe
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,18 @@ def fit_geometry(video: VideoProbe, settings: DecodeSettings) -> Geometry:
     return Geometry(scaled_width, scaled_height, video.mirrored, turns, height, width)
 
 
-def centred(have: int, want: int) -> tuple[slice, slice]:
+def paint(target: np.ndarray, source: np.ndarray) -> None:
+    """Copy the middle of a picture [..., h, w] to the middle of another one [..., H, W]."""
+    rows, to_rows = _centred(source.shape[-2], target.shape[-2])
+    columns, to_columns = _centred(source.shape[-1], target.shape[-1])
+    target[..., to_rows, to_columns] = source[..., rows, columns]
+
+
+def _centred(have: int, want: int) -> tuple[slice, slice]:
     """Return which part of ``have`` pixels goes to which part of ``want``, both in the middle."""
     size = min(have, want)
     source, target = (have - size) // 2, (want - size) // 2
     return slice(source, source + size), slice(target, target + size)
-
-
-def place(frames: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Crop the centre of frames [T, h, w, 3], or put them in the middle of black ones."""
-    if frames.shape[1:3] == (geometry.height, geometry.width):
-        return frames
-    rows, to_rows = centred(frames.shape[1], geometry.height)
-    columns, to_columns = centred(frames.shape[2], geometry.width)
-    placed = np.zeros((len(frames), geometry.height, geometry.width, 3), dtype=np.uint8)
-    placed[:, to_rows, to_columns] = frames[:, rows, columns]
-    return placed
 
 
 def orientation(display_matrix: bytes) -> tuple[int, bool]:

@@ -1,7 +1,7 @@
 """What can be measured of decoded frames and sound: motion, freezes, darkness, loudness.
 
-Numpy only. Frames are uint8 [T, H, W, 3] RGB; sound is float32 [channels, N] at the rate of the
-file, so that the figures do not depend on the settings of the sound's column.
+Numpy only. Frames are uint8 [T, H, W, 3] RGB; sound is float32 [N] at the rate of the file, the
+average of its channels, so that the figures do not depend on the settings of the sound's column.
 """
 
 from __future__ import annotations
@@ -31,9 +31,8 @@ def picture_measures(frames: np.ndarray, fps: float) -> dict[str, float | None]:
     }
 
 
-def sound_measures(sound: np.ndarray, rate_hz: int) -> dict[str, float]:
-    """Return ``loudness_dbfs`` and ``silent_share`` of the average of all channels."""
-    mono = sound.mean(axis=0, dtype=np.float32)
+def sound_measures(mono: np.ndarray, rate_hz: int) -> dict[str, float]:
+    """Return ``loudness_dbfs`` and ``silent_share`` of mono sound [N]."""
     return {"loudness_dbfs": loudness_dbfs(mono), "silent_share": silent_share(mono, rate_hz)}
 
 

@@ -15,10 +15,11 @@ from av.video.frame import PictureType
 from av.video.reformatter import Colorspace, Interpolation, VideoReformatter
 
 from pipeline.decord_picture import decord_frames
-from pipeline.demux import UNSPECIFIED_MATRIX, Probe
-from pipeline.geometry import Geometry, centred, fit_geometry
+from pipeline.demux import Probe
+from pipeline.geometry import Geometry, fit_geometry, paint
 from pipeline.media import ClipError, DecodeSettings
-from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT, VideoProbe
+from pipeline.streams import VideoProbe
+from pipeline.tracks import CLOCK_TOLERANCE_S, SD_HEIGHT, UNSPECIFIED_MATRIX
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Picture:
     Attributes:
         frames: uint8 [T, height, width, 3] RGB.
         pts_s: float64 [T], presentation times of the frames that were chosen.
-        decoded_share: share of the frames that are there and undamaged.
+        decoded_share: share of the frames up to the picture's end that are undamaged.
         decoder: "decord" or "pyav".
     """
 
@@ -59,14 +60,14 @@ def decode_picture(
     chosen = np.searchsorted(video.pts_s, instants + CLOCK_TOLERANCE_S, side="right") - 1
     chosen = np.maximum(chosen, 0)
     wanted, places = np.unique(chosen, return_inverse=True)
-    there_share = _there_share(video, first_s, first_s + count / settings.fps)
+    unbroken_share = _unbroken_share(video, first_s, first_s + count / settings.fps)
     geometry = fit_geometry(video, settings)
     if settings.decoder == "decord":
         frames = decord_frames(probed.path, video, wanted, geometry)
         if frames is not None:
-            return Picture(_repeat(frames, places), video.pts_s[chosen], there_share, "decord")
+            return Picture(_repeat(frames, places), video.pts_s[chosen], unbroken_share, "decord")
     frames, share = _pyav_frames(probed, video, wanted, geometry)
-    return Picture(_repeat(frames, places), video.pts_s[chosen], share * there_share, "pyav")
+    return Picture(_repeat(frames, places), video.pts_s[chosen], share * unbroken_share, "pyav")
 
 
 def _repeat(frames: np.ndarray, places: np.ndarray) -> np.ndarray:
@@ -74,7 +75,7 @@ def _repeat(frames: np.ndarray, places: np.ndarray) -> np.ndarray:
     return frames if len(frames) == len(places) else frames[places]
 
 
-def _there_share(video: VideoProbe, from_s: float, to_s: float) -> float:
+def _unbroken_share(video: VideoProbe, from_s: float, to_s: float) -> float:
     """Return the share of a span's frames that are in the file, by its holes."""
     lost = sum(count for pts_s, count in video.holes if from_s <= pts_s < to_s)
     there = int(((video.pts_s >= from_s) & (video.pts_s < to_s)).sum())
@@ -94,7 +95,8 @@ def _pyav_frames(
     place_of = {int(index): place for place, index in enumerate(wanted)}
     for index, frame, damaged in _decoded_frames(probed, video, wanted):
         place = place_of[index]
-        _paint(frames[place], _scaled(scaler, frame, video, geometry))
+        for channel, plane in enumerate(_scaled(scaler, frame, video, geometry)):
+            paint(frames[place, :, :, channel], plane)
         decoded[place], whole[place] = True, not damaged
     if not whole.any():
         raise ClipError("truncated", f"found no undamaged frame, expected {len(wanted)}")
@@ -130,53 +132,67 @@ def _scaled(
     return [np.rot90(plane, k=geometry.quarter_turns) for plane in planes]
 
 
-def _paint(picture: np.ndarray, planes: list[np.ndarray]) -> None:
-    """Copy the middle of three planes into a black picture [height, width, 3]."""
-    rows, to_rows = centred(planes[0].shape[0], picture.shape[0])
-    columns, to_columns = centred(planes[0].shape[1], picture.shape[1])
-    for channel, plane in enumerate(planes):
-        picture[to_rows, to_columns, channel] = plane[rows, columns]
-
-
 def _plane_pixels(plane: Any) -> np.ndarray:
     pixels = np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)
     return pixels[:, : plane.width]
 
 
+class _Taint:
+    """Which decoded frames are damaged, by what they refer to."""
+
+    def __init__(self) -> None:
+        self._torn_pts = set[int | None]()
+        self._spreads = False
+
+    def see(self, packet: av.Packet) -> None:
+        """Note a packet before it is decoded: the demuxer may know that it is damaged."""
+        if packet.is_corrupt:
+            self._torn_pts.add(packet.pts)
+
+    def lose(self) -> None:
+        """Note that a packet could not be decoded."""
+        self._spreads = True
+
+    def is_on(self, frame: av.VideoFrame) -> bool:
+        """Whether a frame is damaged; what follows it refers to it, up to the next keyframe."""
+        torn = frame.is_corrupt or frame.pts in self._torn_pts
+        self._spreads = self._spreads and not frame.key_frame
+        damaged = self._spreads or torn
+        self._spreads = self._spreads or (torn and frame.pict_type != PictureType.B)
+        return damaged
+
+
 def _decoded_frames(
     probed: Probe, video: VideoProbe, wanted: np.ndarray
 ) -> Iterator[tuple[int, av.VideoFrame, bool]]:
-    """Yield (index, frame, damaged) for the wanted indices.
-
-    Frames that no other frame refers to and that no one wants are not decoded: a quarter of the
-    time. What follows a damaged frame refers to it, up to the next keyframe.
-    """
-    track, last = video.track, int(wanted[-1])
-    indices, wanted_s = set(wanted.tolist()), set(video.pts_s[wanted].tolist())
-    tick_s, order, tainted, skip, torn_s = track.tick_s, 0, False, "", set[float]()
-    first = track.place_before(float(video.pts_s[wanted[0]]))
-    for context, packet in probed.packets(track, first):
-        if packet is not None and packet.pts is not None and not track.in_order:
-            pts_s = packet.pts * tick_s
-            if skip != (skip := "DEFAULT" if pts_s in wanted_s else "NONREF"):
-                context.skip_frame = skip
-            if packet.is_corrupt:
-                torn_s.add(pts_s)
+    """Yield (index, frame, damaged) for the wanted indices."""
+    track, indices = video.track, set(wanted.tolist())
+    wanted_s = set(video.pts_s[wanted].tolist())
+    taint, order = _Taint(), 0
+    for context, packet in probed.packets(track, track.place_before(min(wanted_s))):
+        if packet is not None:
+            taint.see(packet)
+            if packet.pts is not None and not track.in_order:
+                _skip_unneeded(context, packet.pts * track.tick_s in wanted_s)
         try:
             frames = context.decode(packet)
         except av.FFmpegError:
-            tainted, order = True, order + 1
+            taint.lose()
+            order += 1
             continue
         for frame in frames:
-            index = order if track.in_order else _index(video.pts_s, frame, tick_s)
-            if index > last:
+            index = order if track.in_order else _index(video.pts_s, frame, track.tick_s)
+            if index > wanted[-1]:
                 return
             order += 1
-            damaged = frame.is_corrupt or (frame.pts or 0) * tick_s in torn_s
-            tainted = tainted and not frame.key_frame
+            damaged = taint.is_on(frame)
             if index in indices:
-                yield index, frame, tainted or damaged
-            tainted = tainted or (damaged and frame.pict_type != PictureType.B)
+                yield index, frame, damaged
+
+
+def _skip_unneeded(context: Any, is_wanted: bool) -> None:
+    """Have the next frame decoded if it is wanted or others refer to it: a quarter of the time."""
+    context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
 
 
 def _index(pts_s: np.ndarray, frame: av.VideoFrame, tick_s: float) -> int:

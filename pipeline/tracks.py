@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,59 +25,10 @@ CLOCK_TOLERANCE_S = 0.002
 SD_HEIGHT = 576
 # Steps between frames that agree to this are those of a constant rate; Matroska rounds to 1 ms.
 STEP_SHARE, STEP_S = 0.1, 0.0015
-# In a film of constant rate a gap of a frame is a hole where there are few of them; where there
-# are many, frames were dropped when it was recorded, and only longer gaps are holes.
-FEW_HOLES = 3
-LONG_HOLE_STEPS = 2.5
-
-
-@dataclass(frozen=True)
-class VideoProbe:
-    """What demuxing says of the picture.
-
-    Attributes:
-        rotation: degrees by which frames are turned counter-clockwise to be upright.
-        mirrored: whether they are flipped left to right before that.
-        matrix_tagged: whether frames say how their colours are coded.
-        pts_s: float64 [frames], sorted times of the frames that are shown.
-        end_s: when the last of them ends.
-        length_s: of the whole stream.
-        declared_end_s: when the stream should end by the container's count or index.
-        hidden_frames: frames needed for decoding only, or not to be decoded.
-        holes: (time of the frame before, frames lost).
-        whole: whether ``pts_s`` is of the whole file.
-        track: the packets.
-    """
-
-    codec: str
-    width: int
-    height: int
-    pixel_aspect: float
-    rotation: int
-    mirrored: bool
-    matrix_tagged: bool
-    pts_s: np.ndarray
-    end_s: float
-    length_s: float
-    declared_end_s: float
-    hidden_frames: int
-    holes: list[tuple[float, int]]
-    whole: bool
-    track: Track = field(repr=False)
-
-
-@dataclass(frozen=True)
-class AudioProbe:
-    """What demuxing says of the sound; attributes as in ``VideoProbe``."""
-
-    codec: str
-    sample_rate: int
-    channels: int
-    start_s: float
-    end_s: float
-    length_s: float
-    declared_end_s: float
-    track: Track = field(repr=False)
+# Damage and the gap it leaves in the picture are at most this far apart in time: frames are stored
+# out of order, and sound and picture of one instant one behind the other.
+NEAR_S = 0.5
+UNSPECIFIED_MATRIX = 2  # of AVColorSpace
 
 
 class Timing(NamedTuple):
@@ -106,6 +56,7 @@ class Track:
         leading: places of the packets shown before the first keyframe they follow.
         lost_in_front: packets in front of the first keyframe.
         shown: the timings of what is shown; set by ``finish``.
+        whole: whether all of the stream was read; set by ``finish``.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -122,6 +73,7 @@ class Track:
         self.leading: list[int] = []
         self.lost_in_front = 0
         self.encrypted = False
+        self.whole = False
         self._kept_bytes, self._place = 0, 0
 
     def add(self, packet: Any) -> None:
@@ -151,12 +103,13 @@ class Track:
         if self.kept is not None:
             self.kept.append(packet)
 
-    def finish(self) -> None:
-        """Find what is shown, when all has been read.
+    def finish(self, whole: bool) -> None:
+        """Find what is shown, when all has been read: all of the stream, or a part.
 
         A recording that starts between keyframes has frames that refer to what is not there.
         Nobody shows them.
         """
+        self.whole = whole
         first = next((place for place, timing in enumerate(self.timings) if timing.keyframe), 0)
         if self.is_video and first:
             self.lost_in_front = sum(not timing.hidden for timing in self.timings[:first])
@@ -238,11 +191,15 @@ class Track:
         back = 1 if self.has_exact_seek or not self.is_video else 2
         return places[-back] if len(places) >= back else 0
 
-    def holes(self) -> list[tuple[float, int]]:
+    def holes(self, torn_s: list[tuple[float, float]]) -> list[tuple[float, int]]:
         """Return (time of a frame beside it, frames lost) of every hole in the picture.
 
         Where the container counts frames, those in front of the first keyframe are lost if by
-        the index they begin with one; elsewhere, gaps in a film of constant rate are holes.
+        the index they begin with one. Elsewhere, gaps in a film of constant rate are holes where
+        the file is known to be damaged: without that, a still second may have been left out.
+
+        Args:
+            torn_s: (from, to) of where it is.
         """
         if self.stream.frames:
             index = self.stream.index_entries
@@ -250,16 +207,28 @@ class Track:
             return [(self.start_s, self.lost_in_front)] if damaged else []
         pts_s = np.array(sorted(timing.pts for timing in self.shown)) * self.tick_s
         steps_s = np.diff(pts_s)
-        if len(steps_s) < 10:
+        if not torn_s or len(steps_s) < 10:
             return []
         step_s = float(np.median(steps_s))
         regular = np.abs(steps_s - step_s) <= max(STEP_SHARE * step_s, STEP_S)
         if regular.mean() < 0.9:
             return []
-        gaps = np.flatnonzero(steps_s > 1.5 * step_s)
-        if len(gaps) > FEW_HOLES:
-            gaps = gaps[steps_s[gaps] > LONG_HOLE_STEPS * step_s]
-        return [(float(pts_s[gap]), round(steps_s[gap] / step_s) - 1) for gap in gaps]
+        from_s, to_s = np.array(torn_s).T
+        return [
+            (float(pts_s[gap]), round(steps_s[gap] / step_s) - 1)
+            for gap in np.flatnonzero(steps_s > 1.5 * step_s)
+            if ((from_s < pts_s[gap + 1] + NEAR_S) & (to_s > pts_s[gap] - NEAR_S)).any()
+        ]
+
+    def gaps_s(self) -> list[tuple[float, float]]:
+        """Return (from, to) of where packets do not follow each other; sound always should."""
+        if self.is_video or len(self.timings) < 2:
+            return []
+        pts, _, durations = np.array([timing[:3] for timing in self.timings]).T
+        ends, starts = (pts + durations)[:-1], pts[1:]
+        typical = float(np.median(np.diff(pts)))
+        gaps = np.flatnonzero(starts - pts[:-1] > np.maximum(durations[:-1], typical) * 1.5)
+        return [(ends[gap] * self.tick_s, starts[gap] * self.tick_s) for gap in gaps]
 
     def content(self, from_s: float, to_s: float) -> bytes:
         """Return the digests of the packets that are presented in a span, in order of decoding."""

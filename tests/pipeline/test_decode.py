@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.audio import resample
 from pipeline.decode import decode_clip, read_sound
-from pipeline.demux import media_length, probe
+from pipeline.demux import media_length, probing
 from pipeline.format import STATUSES
 from pipeline.geometry import orientation
 from pipeline.media import Clip, ClipError, DecodeSettings
@@ -72,6 +72,11 @@ def clip_of(start_s=0.0, duration_s=10.0):
 
 def decode(path, clip=None, wanted=BOTH, **settings):
     return decode_clip(path, clip or clip_of(), dataclasses.replace(SETTINGS, **settings), wanted)
+
+
+def probe(path, clip=None):
+    with probing(path, clip) as probed:
+        return probed
 
 
 def remux(path, out, keep=("video", "audio"), delay_s=None, video_pts=None):
@@ -200,6 +205,69 @@ def test_closed_groups_with_an_index_are_decoded_by_decord(tmp_path):
         assert decode(tmp_path / name).facts["decoder"] == decoder
 
 
+@pytest.mark.parametrize("muxer_options", [{}, {"live": "1"}])
+@pytest.mark.parametrize("with_sound", [True, False])
+@pytest.mark.parametrize("container", ["mkv", "webm", "ts", "mp4", "flv"])
+def test_still_second_that_was_left_out_is_no_damage(
+    tmp_path, container, with_sound, muxer_options
+):
+    """A film of 25 fps without frames 30 to 54, as `mpdecimate -fps_mode vfr` leaves it."""
+    path = tmp_path / f"a.{container}"
+    webm = container == "webm"
+    with av.open(str(path), "w", options=muxer_options if container == "mkv" else {}) as film:
+        video = film.add_stream("libvpx" if webm else "libx264", rate=25)
+        video.width, video.height, video.pix_fmt = SIZE, SIZE, "yuv420p"
+        audio = film.add_stream("libopus" if webm else "aac", rate=48000, layout="mono")
+        for place, pixels in enumerate(numbered(100)):
+            if not 30 <= place < 55:
+                picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+                picture.pts, picture.time_base = place, Fraction(1, 25)
+                film.mux(video.encode(picture))
+            if with_sound:
+                samples = noise_with_click(0.04, 48000, click_s=1)
+                frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 48000, place * 1920
+                film.mux(audio.encode(frame))
+        film.mux(video.encode(None))
+        if with_sound:
+            film.mux(audio.encode(None))
+    decoded = decode(path, wanted={"video"}, fps=5)
+    assert decoded.facts["video_decoded_share"] == 1
+    found, whole = numbers(decoded.frames), np.arange(0, len(decoded.frames) * 5, 5)
+    np.testing.assert_array_equal(found, np.where((whole >= 30) & (whole < 55), 29, whole))
+
+
+@pytest.mark.parametrize("container", ["mkv", "ts"])
+def test_hole_in_picture_and_sound_is_lost(tmp_path, container):
+    """The same gap in both: a part of the file is not there."""
+    source = make(tmp_path / "a.mp4", seconds=4, fps=25, rate=48000)
+    path = tmp_path / f"b.{container}"
+    with av.open(str(source)) as film, av.open(str(path), "w") as copy:
+        copies = {stream.index: copy.add_stream_from_template(stream) for stream in film.streams}
+        for packet in film.demux():
+            if packet.dts is not None and not 1.2 <= packet.dts * packet.time_base < 2.2:
+                packet.stream = copies[packet.stream.index]
+                copy.mux(packet)
+    decoded = decode(path)
+    for modality in BOTH:
+        assert decoded.facts[f"{modality}_decoded_share"] == pytest.approx(0.72, abs=0.05)
+
+
+def test_length_tagged_for_another_container_is_not_believed(tmp_path):
+    with av.open(str(tmp_path / "a.ogg"), "w") as film:
+        stream = film.add_stream("libopus", rate=48000, layout="mono")
+        stream.metadata["DURATION"] = "00:00:10.000000000"
+        frame = av.AudioFrame.from_ndarray(noise_with_click(3, 48000), "fltp", "mono")
+        frame.sample_rate = 48000
+        film.mux(stream.encode(frame))
+        film.mux(stream.encode(None))
+    with av.open(str(tmp_path / "a.ogg")) as film:
+        assert "DURATION" in film.streams.audio[0].metadata
+    facts = decode(tmp_path / "a.ogg").facts
+    assert facts["duration_s"] == pytest.approx(3, abs=0.03)
+    assert facts["audio_decoded_share"] == pytest.approx(1, abs=0.01)
+
+
 def test_title_in_another_encoding_does_not_matter(tmp_path):
     path = make(tmp_path / "a.mp4", seconds=2)
     titled = tmp_path / "b.mp4"
@@ -254,6 +322,28 @@ def test_stereo_is_averaged_or_kept_and_mono_doubled(tmp_path):
     assert np.abs(right[middle]).max() < 0.04
     doubled = decode(make(tmp_path / "b.mp4", seconds=2), channels=2).sound
     np.testing.assert_array_equal(doubled[0], doubled[1])
+
+
+@pytest.mark.parametrize("codec", ["pcm_s16le", "flac"])
+def test_side_of_more_channels_is_the_mean_of_its_own_and_the_centre(tmp_path, codec):
+    """5.1, one channel after the other: FL, FR, FC, LFE, BL, BR, a second of 440 Hz each."""
+    tone = 0.8 * np.sin(np.arange(48000) * 2 * np.pi * 440 / 48000)
+    sound = np.kron(np.eye(6), tone).astype(np.float32)
+    with av.open(str(tmp_path / "a.mkv"), "w") as film:
+        stream = film.add_stream(codec, rate=48000, layout="5.1")
+        converter = av.AudioResampler(stream.codec_context.format or "s16", "5.1", 48000, 4096)
+        frame = av.AudioFrame.from_ndarray(sound, format="fltp", layout="5.1")
+        frame.sample_rate, frame.pts = 48000, 0
+        for part in (*converter.resample(frame), *converter.resample(None), None):
+            film.mux(stream.encode(part))
+    decoded = decode(tmp_path / "a.mkv", channels=2)
+    middles = np.arange(6)[:, None] * RATE + np.arange(RATE // 8, RATE * 7 // 8)
+    seconds = decoded.sound[:, middles]
+    expected = np.array([[1, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0, 1]]) * 0.8 / 3
+    np.testing.assert_allclose(np.abs(seconds).max(axis=2), expected, atol=0.01)
+    mono = decode(tmp_path / "a.mkv")
+    assert np.abs(mono.sound).max() == pytest.approx(0.8 / 6, abs=0.01)
+    assert mono.facts["loudness_dbfs"] == decoded.facts["loudness_dbfs"]
 
 
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "mov"])
@@ -432,6 +522,44 @@ def test_hole_in_the_middle_is_never_taken_for_content(tmp_path, seed):
     assert_ok_means_whole(path)
 
 
+def make_cut_off(path, lost, kept_s):
+    """A Matroska film whose header says that both streams have 4 s; one of them ends before."""
+    make(path.with_suffix(".mp4"), seconds=4, rate=48000)
+    with av.open(str(path.with_suffix(".mp4"))) as film, av.open(str(path), "w") as copy:
+        copies = {stream.index: copy.add_stream_from_template(stream) for stream in film.streams}
+        for packet in film.demux():
+            if packet.dts is None:
+                continue
+            if packet.stream.type != lost or packet.dts * packet.time_base < kept_s:
+                packet.stream = copies[packet.stream.index]
+                copy.mux(packet)
+    with av.open(str(path)) as film:
+        said = film.streams.get({lost: 0})[0].metadata["DURATION"].encode()
+    path.write_bytes(path.read_bytes().replace(said, b"00:00:04.000000000"))
+    return path
+
+
+@pytest.mark.parametrize("clip_s", [4.0, 3.0, 10.0])
+@pytest.mark.parametrize("lost", ["video", "audio"])
+def test_share_of_what_is_cut_off_is_that_of_the_span(tmp_path, lost, clip_s):
+    path = make_cut_off(tmp_path / "b.mkv", lost, 2.5)
+    length_s, kept = min(clip_s, 4.0), {"video": "audio", "audio": "video"}[lost]
+    for wanted in (BOTH, set()):
+        facts = decode(path, clip_of(duration_s=clip_s), wanted).facts
+        assert facts["duration_s"] == pytest.approx(length_s, abs=0.03)  # the priming
+        assert facts[f"{lost}_decoded_share"] == pytest.approx(2.5 / length_s, abs=0.01)
+        assert facts[f"{kept}_decoded_share"] == pytest.approx(1, abs=0.001)
+    assert decode(path, clip_of(duration_s=2)).facts[f"{lost}_decoded_share"] == 1
+
+
+@pytest.mark.parametrize("lost", ["video", "audio"])
+def test_other_modality_stays_where_all_of_one_is_cut_off(tmp_path, lost):
+    decoded = decode(make_cut_off(tmp_path / "b.mkv", lost, 1.0), clip_of(2, 1.5))
+    assert {m: status for m, (status, _) in decoded.problems.items()} == {lost: "truncated"}
+    assert decoded.facts[f"{lost}_decoded_share"] == 0
+    assert len(decoded.frames if lost == "audio" else decoded.sound[0, :: RATE // 8]) == 12
+
+
 def test_damaged_sound_leaves_the_whole_picture(tmp_path):
     """A header that promises more sound than there is costs the sound only."""
     path = make(tmp_path / "a.mp4", seconds=4, sound_s=4)
@@ -470,6 +598,16 @@ def whole_of(path):
     return decode(path, clip_of(0, 200), fps=5)
 
 
+@pytest.mark.parametrize("container", ["mp4", "mkv", "ts", "flv"])
+@pytest.mark.parametrize("delay_s", [0.0, 0.4])
+def test_sound_begins_when_the_file_does_wherever_the_clip_is(tmp_path, container, delay_s):
+    path = make_long(tmp_path / "a.mp4", 120)
+    path = remux(path, tmp_path / f"b.{container}", delay_s={"audio": delay_s})
+    offsets = [decode(path, clip_of(s, 2.0), set()).facts["audio_offset_s"] for s in (0, 70, 80)]
+    assert offsets[0] == offsets[1] == offsets[2]
+    assert offsets[0] == pytest.approx(delay_s, abs=0.08)
+
+
 @pytest.mark.parametrize("container", ["mp4", "mkv", "ts"])
 def test_window_late_in_a_long_file_is_that_part_of_the_whole(tmp_path, container):
     path = make_long(tmp_path / "a.mp4")
@@ -489,7 +627,7 @@ def test_window_late_in_a_long_file_is_that_part_of_the_whole(tmp_path, containe
         ours = decoded.sound[0, 200:-200]
         theirs = whole.sound[0, place + 200 : place + 4 * RATE - 200]
         assert np.abs(ours - theirs).max() < 0.05 and np.corrcoef(ours, theirs)[0, 1] > 0.98
-    assert not probed.video.whole and len(probed.video.pts_s) < 200
+    assert not probed.video.track.whole and len(probed.video.pts_s) < 200
     assert decoded.facts["video_s"] == pytest.approx(150, abs=0.5)
 
 
@@ -500,6 +638,15 @@ def test_length_is_where_the_first_stream_ends_whatever_the_header_says(tmp_path
         if container != "mp4":
             path = remux(path, tmp_path / f"a.{container}")
         assert media_length(path) == pytest.approx(sound_s, abs=0.2)
+
+
+def test_file_without_picture_and_sound_has_no_length(tmp_path):
+    times = [f"00:0{minute}:00,000 --> 00:0{minute}:01,000" for minute in range(3)]
+    lines = [f"{place}\n{time}\na line\n" for place, time in enumerate(times, start=1)]
+    (tmp_path / "a.srt").write_text("\n".join(lines))
+    with pytest.raises(ClipError) as error:
+        media_length(tmp_path / "a.srt")
+    assert error.value.status == "unreadable" and "found subtitle" in error.value.message
 
 
 def test_window_of_packets_too_large_to_keep_is_read_again(tmp_path, monkeypatch):
@@ -599,7 +746,7 @@ def test_frames_hidden_by_an_edit_list_are_not_shown(shared_clips):
     """Cut between keyframes: decord repeats a frame here, so PyAV decodes it."""
     path = shared_clips / "vggsound" / "video" / "NMQiKrTkl10_000039.mp4"
     probed = probe(path)
-    assert probed.video and probed.video.hidden_frames > 0
+    assert probed.video and any(timing.hidden for timing in probed.video.track.timings)
     decoded = decode(path)
     assert decoded.problems == {} and decoded.facts["decoder"] == "pyav"
     with av.open(str(path)) as container:

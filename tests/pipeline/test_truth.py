@@ -146,12 +146,20 @@ def test_windows_side_by_side_are_the_whole(rendered, name):
     assert np.quantile(inner, 0.98) < 1e-3  # the resampler sees zeros beyond the window's ends
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
-def test_window_is_found_a_minute_into_a_file(rendered, suffix):
-    picture = Picture(width=64, height=64, seconds=75, gop=250, b_frames=2)
-    film = Film(suffix, picture, Sound(rate=22050, seconds=75))
+@pytest.mark.parametrize(
+    ("suffix", "codec", "seconds"),
+    [
+        *(("mp4", "libx264", 75), ("mkv", "libx264", 75), ("ts", "libx264", 75)),
+        *(("avi", "mpeg4", 110), ("avi", "libx264", 110)),  # long enough to be read in parts
+    ],
+)
+@pytest.mark.parametrize("b_frames", [0, 2])
+def test_window_is_found_a_minute_into_a_file(rendered, suffix, codec, seconds, b_frames):
+    picture = Picture(codec, 96, 96, seconds, gop=60, b_frames=b_frames, tagged=codec != "mpeg4")
+    sound = Sound("pcm_s16le" if suffix == "avi" else "aac", rate=22050, seconds=seconds)
+    film = Film(suffix, picture, sound)
     for start_s in (0.0, 41.3, 68.0):
-        assert_true(film, rendered(film), start_s, 4.0, sizes=((64, 64),))
+        assert_true(film, rendered(film), start_s, 4.0, sizes=((96, 96),))
 
 
 # -- frame rates
