@@ -20,14 +20,13 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from pipeline.encoder import ShardEncoder
+from pipeline.child import START_TIMEOUT_S, died, took_too_long
 from pipeline.format import FormatError
 from pipeline.jobs import Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
 from pipeline.shards import NoRoomError
 from pipeline.storage import MediaStore
 
-START_TIMEOUT_S = 120.0
 HEARTBEAT_S = 5.0
 # A clip whose decoder died or hung this often is quarantined.
 MAX_CLIP_ATTEMPTS = 2
@@ -38,22 +37,53 @@ class CellError(Exception):
     """The cell can't be kept alive."""
 
 
-@ray.remote(num_cpus=1, max_restarts=0)
+# Blocks from this size on go back to the system when they are freed; by default glibc raises the
+# limit to the size of the frames. Peak at 1080p without Ray's shared memory: 376 MB, not 394; 300
+# of them are torch, Ray and pyarrow, loaded.
+DECODER_ENVIRONMENT = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+
+
+@ray.remote(num_cpus=1, max_restarts=0, runtime_env=DECODER_ENVIRONMENT)
 class DecoderActor:
-    """One process that decodes one clip at a time; killed from outside when it hangs."""
+    """One process that decodes one clip at a time; killed from outside when it hangs.
+
+    A clip whose media is not a local file is fetched by a call of its own before, so that the
+    pool knows which of the two takes long. The copy is held until the clip is decoded.
+    """
 
     def __init__(self, media: MediaStore, settings: DecodeSettings) -> None:
         from pipeline.decode import decode_clip  # slow to load: a part of the start, not of a clip
 
         self._decode_clip, self._media, self._settings = decode_clip, media, settings
+        self._copy = contextlib.ExitStack()
+        self._fetch_error: ClipError | None = None
+
+    def fetch(self, clip: Clip) -> None:
+        """Copy the file of the clip to be decoded next."""
+        try:
+            self._copy.enter_context(self._media.local(clip.uri))
+        except ClipError as error:
+            self._fetch_error = error
 
     def decode(self, clip: Clip, wanted: set[str]) -> Decoded:
         """Decode one clip; whatever is wrong with it is in the result."""
+        fetch_error, self._fetch_error = self._fetch_error, None
         try:
-            with self._media.local(clip.uri) as path:
+            if fetch_error:
+                raise fetch_error
+            with self._copy, self._media.local(clip.uri) as path:
                 return self._decode_clip(path, clip, self._settings, wanted)
         except ClipError as error:
-            return _failed(error.status, error.message)
+            return Decoded.failed(error.status, error.message)
+
+
+@dataclass
+class _Queued:
+    """A clip that a decoder was given; ``fetched`` is None once its file is there."""
+
+    row: int
+    fetched: Any | None
+    decoded: Any
 
 
 @dataclass
@@ -67,7 +97,7 @@ class _Lane:
     actor: Any
     starting: Any | None
     clips_left: int
-    queue: deque[tuple[int, Any]] = field(default_factory=deque)
+    queue: deque[_Queued] = field(default_factory=deque)
     head_since: float = 0.0
 
 
@@ -89,7 +119,7 @@ class DecoderPool:
     """
 
     def __init__(self, job: Job, group: PlacementGroup, num_decoders: int) -> None:
-        self._job, self._group = job, group
+        self._job, self._group, self._media = job, group, job.media_store()
         self._depth = -(-job.window_clips // num_decoders)
         self._lanes = [self._start(i) for i in range(num_decoders)]
 
@@ -98,7 +128,7 @@ class DecoderPool:
             self._group, placement_group_bundle_index=1 + number
         )
         placed = DecoderActor.options(scheduling_strategy=strategy)
-        actor: Any = placed.remote(self._job.media_store(), self._job.decode)
+        actor: Any = placed.remote(self._media, self._job.decode)
         return _Lane(actor, actor.__ray_ready__.remote(), self._job.clips_per_decoder)
 
     def decode(
@@ -112,9 +142,9 @@ class DecoderPool:
         shard = _Shard(clips, wanted, deque(rows))
         while shard.waiting or any(lane.queue for lane in self._lanes):
             self._fill(shard)
-            heads = [lane.queue[0][1] for lane in self._lanes if lane.queue]
+            heads = [lane.queue[0].decoded for lane in self._lanes if lane.queue]
             ray.wait(heads, timeout=min(HEARTBEAT_S, self._job.decode_timeout_s / 4))
-            pending = [ref for lane in self._lanes for _, ref in lane.queue]
+            pending = [queued.decoded for lane in self._lanes for queued in lane.queue]
             ready, _ = ray.wait(pending, num_returns=len(pending), timeout=0)
             came = False
             for number, lane in enumerate(self._lanes):
@@ -133,11 +163,11 @@ class DecoderPool:
         """
 
         def load(lane: _Lane) -> int:
-            alone = lane.queue and lane.queue[0][0] in shard.failures
+            alone = lane.queue and lane.queue[0].row in shard.failures
             return self._depth if alone or lane.clips_left == 0 else len(lane.queue)
 
-        queued = [row for lane in self._lanes for row, _ in lane.queue]
-        end = min([*queued, *shard.waiting], default=0) + self._job.window_clips
+        rows = [queued.row for lane in self._lanes for queued in lane.queue]
+        end = min([*rows, *shard.waiting], default=0) + self._job.window_clips
         while shard.waiting and shard.waiting[0] < end:
             lane = min(self._lanes, key=load)
             if load(lane) >= (1 if shard.waiting[0] in shard.failures else self._depth):
@@ -146,36 +176,59 @@ class DecoderPool:
             if not lane.queue:
                 lane.head_since = time.monotonic()
             lane.clips_left -= 1
-            lane.queue.append((row, lane.actor.decode.remote(shard.clips[row], shard.wanted)))
+            clip, fetched = shard.clips[row], None
+            if self._media.is_copied(clip.uri):
+                fetched = lane.actor.fetch.remote(clip)
+            decoded = lane.actor.decode.remote(clip, shard.wanted)
+            lane.queue.append(_Queued(row, fetched, decoded))
 
     def _collect(
         self, number: int, lane: _Lane, ready: set[Any], shard: _Shard
     ) -> Iterator[tuple[int, Decoded]]:
-        while lane.queue and lane.queue[0][1] in ready:
-            row, ref = lane.queue[0]
+        while lane.queue and lane.queue[0].decoded in ready:
+            head = lane.queue[0]
             try:
-                decoded: Any = ray.get(ref, timeout=START_TIMEOUT_S)
+                decoded: Any = ray.get(head.decoded, timeout=START_TIMEOUT_S)
             except RayTaskError as error:  # a bug in the decoder, not a lost process
-                decoded = _failed("decode_crash", f"the decoder raised {error.cause!r}")
+                what = died(repr(error.cause))
+                decoded = Decoded.failed(what.status, what.message)
             except RayError as error:
                 if isinstance(error, RayActorError) and error.actor_init_failed:
                     reason = str(error).strip().splitlines()[-1]  # blame no clip for this
                     raise CellError(f"decoder processes can't start: {reason}") from None
-                status = ("decode_crash", f"its decoder died ({type(error).__name__})")
-                yield from self._replace(number, lane, status, shard)
+                yield from self._replace(number, lane, died(type(error).__name__), shard)
                 return
             lane.queue.popleft()
             lane.head_since = time.monotonic()
-            yield row, decoded
-        if lane.starting is not None and ray.wait([lane.starting], timeout=0)[0]:
-            lane.starting, lane.head_since = None, time.monotonic()
-        limit_s = self._job.decode_timeout_s if lane.starting is None else START_TIMEOUT_S
-        overdue = lane.queue and time.monotonic() - lane.head_since > limit_s
-        # Asked again: it may have come while the caller was busy with another row.
-        if overdue and not ray.wait([lane.queue[0][1]], timeout=0)[0]:
+            yield head.row, decoded
+        if lane.queue and (late := self._late(lane)):
             ray.kill(lane.actor)
-            status = ("decode_timeout", f"not decoded in {limit_s:g} s")
-            yield from self._replace(number, lane, status, shard)
+            yield from self._replace(number, lane, late, shard)
+
+    def _late(self, lane: _Lane) -> ClipError | None:
+        """Return what to say of the oldest clip where its decoder takes too long over it.
+
+        Raises:
+            CellError: it takes too long to start, for which no clip is to blame.
+        """
+        head, now = lane.queue[0], time.monotonic()
+        if lane.starting is not None and _is_done(lane.starting):
+            lane.starting, lane.head_since = None, now
+        elif lane.starting is None and head.fetched is not None and _is_done(head.fetched):
+            head.fetched, lane.head_since = None, now
+        if lane.starting is not None:
+            if now - lane.head_since > START_TIMEOUT_S:
+                raise CellError(
+                    f"decoder processes can't start: nothing heard in {START_TIMEOUT_S:g} s"
+                )
+            return None
+        if head.fetched is not None:
+            limit_s, late = self._job.fetch_timeout_s, _not_fetched
+        else:
+            limit_s, late = self._job.decode_timeout_s, took_too_long
+        # Asked again: it may have come while the caller was busy with another row.
+        is_late = now - lane.head_since > limit_s and not _is_done(head.decoded)
+        return late(limit_s) if is_late else None
 
     def _recycle(self, number: int) -> None:
         """Start a new decoder for one that has done its share and has nothing queued.
@@ -188,19 +241,28 @@ class DecoderPool:
             self._lanes[number] = self._start(number)
 
     def _replace(
-        self, number: int, lane: _Lane, status: tuple[str, str], shard: _Shard
+        self, number: int, lane: _Lane, error: ClipError, shard: _Shard
     ) -> Iterator[tuple[int, Decoded]]:
         """Start a new decoder; blame the oldest clip, queue the others again."""
-        rows = [row for row, _ in lane.queue]
+        rows = [queued.row for queued in lane.queue]
         self._lanes[number] = self._start(number)
         shard.failures[rows[0]] = shard.failures.get(rows[0], 0) + 1
         if shard.failures[rows[0]] >= MAX_CLIP_ATTEMPTS:
-            yield rows.pop(0), _failed(status[0], f"{status[1]}, {MAX_CLIP_ATTEMPTS} times")
+            message = f"{error.message}; tried {MAX_CLIP_ATTEMPTS} times"
+            yield rows.pop(0), Decoded.failed(error.status, message)
         shard.waiting.extendleft(reversed(rows))
 
 
-def _failed(status: str, message: str) -> Decoded:
-    return Decoded(None, None, {"video": (status, message), "audio": (status, message)})
+def _is_done(ref: Any) -> bool:
+    return bool(ray.wait([ref], timeout=0)[0])
+
+
+def _not_fetched(timeout_s: float) -> ClipError:
+    return ClipError(
+        "unreadable",
+        f"not fetched in {timeout_s:g} s and stopped, expected less: slow network or server, or "
+        "fetch_timeout_s is too short for it",
+    )
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -208,6 +270,8 @@ class EncoderActor:
     """The head of a cell: encodes a shard at a time and owns the decoders beside it."""
 
     def __init__(self, job: Job, group: PlacementGroup, num_decoders: int) -> None:
+        from pipeline.encoder import ShardEncoder  # what decoders, too, would load
+
         self._encoder = ShardEncoder(job)
         self._pool = DecoderPool(job, group, num_decoders)
 

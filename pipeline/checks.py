@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import format as fmt
-from pipeline.config import DECODER_VERSION, CheckSettings, EncodeConfig
+from pipeline.config import DECODER_VERSION, THRESHOLDS, CheckSettings, EncodeConfig
 from pipeline.media import Clip, Decoded
 from pipeline.shards import naming_a_full_disk
 from pipeline.tables import write_parquet
@@ -27,6 +27,8 @@ FACTS_SCHEMA = pa.schema(
         ("row", pa.int32()),
         ("status", pa.string()),
         ("message", pa.string()),
+        ("video_status", pa.string()),
+        ("audio_status", pa.string()),
         ("flags", pa.list_(pa.string())),
         ("duration_s", pa.float64()),
         ("video_codec", pa.string()),
@@ -54,9 +56,9 @@ FACTS_SCHEMA = pa.schema(
         ("content_hash", pa.string()),
     ]
 )
-MEASURES = FACTS_SCHEMA.names[5:]
+MEASURES = FACTS_SCHEMA.names[7:]
 # Raise the version when a fact is added or measured in another way: the facts get a new folder.
-FACTS_VERSION = 2
+FACTS_VERSION = 3
 
 # Verdicts over clips that are whole: decisions, not failures. Encoding them again would decide
 # the same, and no number of them means that something is wrong with the run.
@@ -98,54 +100,65 @@ def judge(decoded: Decoded, checks: CheckSettings) -> Decoded:
 
 def _findings(facts: dict[str, Any], checks: CheckSettings) -> Iterator[Finding]:
     """Yield what the facts fail, in the order of `judge`; a fact that is not there fails none."""
-
-    def known(name: str) -> float | None:
-        return facts.get(name)
-
+    limits = {check: getattr(checks, name) for check, name in THRESHOLDS.items()}
     for modality, what in (("video", "frames"), ("audio", "samples")):
-        share = known(f"{modality}_decoded_share")
-        if share is not None and share < checks.min_decoded_share:
+        share, least = facts.get(f"{modality}_decoded_share"), limits["truncated"]
+        if share is not None and share < least:
             yield Finding(
                 "truncated",
                 (modality,),
                 f"{share:.1%} of the {what} that its span should have can be decoded, expected "
-                f"at least {checks.min_decoded_share:.1%}: the file is cut off or damaged",
+                f"at least {least:.1%}: the file is cut off or damaged",
             )
-    duration_s = known("duration_s")
-    if duration_s is not None and duration_s < REACHED_SHARE * checks.min_seconds:
+    duration_s, least = facts.get("duration_s"), limits["too_short"]
+    if duration_s is not None and duration_s < REACHED_SHARE * least:
         message = f"{duration_s:.2f} s of picture and sound together, expected at least "
-        yield Finding("too_short", BOTH, f"{message}{checks.min_seconds:g} s")
-    silent_share = known("silent_share")
-    if silent_share is not None and silent_share > checks.max_silent_share:
+        yield Finding("too_short", BOTH, f"{message}{least:g} s")
+    silent_share, most = facts.get("silent_share"), limits["silent"]
+    if silent_share is not None and silent_share > most:
         message = f"{silent_share:.1%} of the sound is below -60 dBFS, expected at most "
-        yield Finding("silent", BOTH, f"{message}{checks.max_silent_share:.1%}")
-    motion = known("motion")
-    if motion is not None and motion < checks.min_motion:
+        yield Finding("silent", BOTH, f"{message}{most:.1%}")
+    motion, least = facts.get("motion"), limits["still"]
+    if motion is not None and motion < least:
         message = f"frames differ by {motion:.2g} of white on average, expected at least "
-        yield Finding("still", BOTH, f"{message}{checks.min_motion:g}")
-    fps = known("fps")
-    if fps is not None and fps < REACHED_SHARE * checks.min_fps:
+        yield Finding("still", BOTH, f"{message}{least:g}")
+    fps, least = facts.get("fps"), limits["low_fps"]
+    if fps is not None and fps < REACHED_SHARE * least:
         message = f"{fps:.3g} frames a second in the file, expected at least "
-        yield Finding("low_fps", BOTH, f"{message}{checks.min_fps:g}")
+        yield Finding("low_fps", BOTH, f"{message}{least:g}")
+
+
+def is_settled(stored: dict[str, Any]) -> bool:
+    """Return whether an earlier run's facts of a clip hold: it was whole, and all was measured.
+
+    What was missing or broken then may be mended by now, and is measured again.
+    """
+    return {stored[f"{modality}_status"] for modality in BOTH} <= DECISIONS | {"ok"}
 
 
 def with_facts(decoded: Decoded, stored: dict[str, Any] | None) -> Decoded:
-    """Fill in the facts of an earlier run, which win over those measured now."""
+    """Fill in the facts of an earlier run, which win over those measured now.
+
+    A file that was replaced since fails: else the picture of one would get the other's sound.
+    """
     measured = {name: value for name, value in (stored or {}).items() if name in MEASURES}
     there = {name: value for name, value in measured.items() if value is not None}
+    then, now = there.get("content_hash"), decoded.facts.get("content_hash")
+    if then and now and then != now:
+        return Decoded.failed(
+            "unreadable",
+            f"the file changed since its facts were measured: found content {now}, expected "
+            f"{then}; put the old file back, or encode into another --out",
+        )
     return replace(decoded, facts={**decoded.facts, **there})
 
 
-def settled(stored: dict[str, Any], checks: CheckSettings) -> Decoded | None:
-    """Return the verdict over the whole clip that an earlier run's facts settle, or None.
-
-    Only where both streams are there: what the decoder says of one that is not comes first.
-    """
-    judged = judge(with_facts(Decoded(None, None), stored), checks)
-    statuses = {judged.problems.get(modality, ("ok", ""))[0] for modality in BOTH}
-    both_there = all(stored[f"{modality}_decoded_share"] for modality in BOTH)
-    same = stored["status"] != "ok" and statuses == {stored["status"]}
-    return judged if both_there and same else None
+def verdict_without_decoding(stored: dict[str, Any], checks: CheckSettings) -> Decoded | None:
+    """Return the decision over the whole clip that an earlier run's facts settle, or None."""
+    statuses = {stored[f"{modality}_status"] for modality in BOTH}
+    if len(statuses) > 1 or not statuses <= DECISIONS:
+        return None
+    return judge(with_facts(Decoded(None, None), stored), checks)
 
 
 def clip_status(problems: dict[str, tuple[str, str]]) -> tuple[str, str]:
@@ -184,8 +197,11 @@ def facts_path(folder: Path, shard: int) -> Path:
 def facts_row(row: int, clip: Clip, decoded: Decoded) -> dict[str, Any]:
     """Return one row of the facts table."""
     status, message = clip_status(decoded.problems)
+    verdict: dict[str, Any] = {"status": status, "message": message}
+    for modality in BOTH:
+        verdict[f"{modality}_status"] = decoded.problems.get(modality, ("ok", ""))[0]
+    verdict["flags"] = decoded.facts.get("flags", [])
     found = {name: decoded.facts.get(name) for name in MEASURES}
-    verdict = {"status": status, "message": message, "flags": decoded.facts.get("flags", [])}
     return {"key": clip.key, "row": row, **verdict, **found}
 
 
@@ -203,11 +219,25 @@ def read_facts(folder: Path, shard: int) -> list[dict[str, Any]] | None:
     return pq.read_table(path).to_pylist() if path.exists() else None
 
 
-def count_flags(folder: Path, shards: list[int]) -> Counter[str]:
-    """Count the flags of all clips with status ok in these shards' facts."""
+def read_usable(folder: Path, shard: int, name: str) -> list[Any]:
+    """Return one fact of a shard's clips in row order; None where picture and sound both fail.
+
+    A film without sound is a clip as good as any other for those who encode the picture.
+    """
+    columns = ["video_status", "audio_status", name]
+    table = pq.read_table(facts_path(folder, shard), columns=columns).select(columns)
+    rows = zip(*(column.to_pylist() for column in table), strict=True)
+    return [value if "ok" in statuses else None for *statuses, value in rows]
+
+
+def count_flags(folder: Path, shards: list[int], dropped: dict[int, set[int]]) -> Counter[str]:
+    """Count the flags in these shards' facts of all clips of which something can be encoded.
+
+    Those of the rows ``dropped``, by shard, don't count.
+    """
     counts: Counter[str] = Counter()
     for shard in shards:
-        table = pq.read_table(facts_path(folder, shard), columns=["status", "flags"])
-        for status, flags in zip(*(column.to_pylist() for column in table), strict=True):
-            counts.update(flags if status == "ok" else ())
+        for row, flags in enumerate(read_usable(folder, shard, "flags")):
+            if row not in dropped.get(shard, ()):
+                counts.update(flags or ())
     return counts

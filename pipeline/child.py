@@ -1,7 +1,8 @@
 """A function called in a child process, which may hang or die over it.
 
 Media decoders run native code: it can sleep with the interpreter's lock held or crash, and only
-another process survives that. ``pipeline.cells`` does the same with Ray's actors.
+another process survives that. ``pipeline.cells`` does the same with Ray's actors, with the same
+words for it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,27 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 from pipeline.media import ClipError
 from pipeline.settings import ConfigError
 
-START_TIMEOUT_S = 120.0  # to load torch and decord takes 3 s, and a minute on a busy machine
+START_TIMEOUT_S = 120.0  # to load torch and PyAV takes 3 s, and a minute on a busy machine
+
+
+def took_too_long(timeout_s: float) -> ClipError:
+    """Return what is wrong with a clip whose decoder had to be killed."""
+    return ClipError(
+        "decode_timeout",
+        f"not decoded in {timeout_s:g} s and stopped, expected less: damaged, or decode_timeout_s "
+        "is too short for it",
+    )
+
+
+def died(cause: str) -> ClipError:
+    """Return what is wrong with a clip whose decoder died or raised an error of no clip's."""
+    return ClipError("decode_crash", f"the decoder died of it ({cause}), expected frames and sound")
 
 
 class ChildProcess:
@@ -49,17 +65,10 @@ class ChildProcess:
             self._pipe.send(argument)
             if not self._pipe.poll(self.timeout_s):
                 self._end()
-                raise ClipError(
-                    "decode_timeout",
-                    f"not decoded in {self.timeout_s:g} s and stopped, expected less: "
-                    "damaged, or decode_timeout_s is too short for it",
-                )
+                raise took_too_long(self.timeout_s)
             result = self._pipe.recv()
         except (EOFError, ConnectionError):
-            cause = self._cause_of_death()
-            raise ClipError(
-                "decode_crash", f"the decoder died of it ({cause}), expected frames and sound"
-            ) from None
+            raise died(self._cause_of_death()) from None
         if isinstance(result, ClipError):
             raise result
         return result
@@ -98,12 +107,16 @@ class ChildProcess:
 
 @contextmanager
 def _child_ignores_ctrl_c() -> Iterator[None]:
-    """The terminal sends it to the child too, which is ours to end, without a traceback."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """The terminal sends it to the child too, which is ours to end, without a traceback.
+
+    Blocked, which children inherit: handlers can be set in the main thread only.
+    """
+    resource_tracker.ensure_running()  # with the first child, it would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Any, prepare: Callable[[], Callable[[Any], Any]]) -> None:
@@ -120,5 +133,5 @@ def _serve(pipe: Any, prepare: Callable[[], Callable[[Any], Any]]) -> None:
         except ClipError as error:
             result = ClipError(error.status, error.message)
         except Exception as error:  # as the cell does: a bug costs one clip, not the run
-            result = ClipError("decode_crash", f"the decoder raised {error!r}, expected frames")
+            result = died(repr(error))
         pipe.send(result)

@@ -15,6 +15,8 @@ from pipeline.settings import STRICT
 # Raise when pipeline.decode gives other frames or sound for the same settings.
 DECODER_VERSION = 2
 
+DAY_S = 86400.0
+MIN_WINDOW_S = 0.1  # a film of two hours gives 72,000 clips
 PixelCount = Annotated[int, Field(ge=16, le=4096)]
 
 
@@ -25,7 +27,7 @@ class DctSettings:
     name: Literal["dct"] = "dct"
     frames: int = Field(default=1, ge=1, le=16)
     block: int = Field(default=8, ge=2, le=16)
-    channels: int = Field(default=16, ge=1)
+    channels: int = Field(default=16, ge=1, le=4096)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -33,13 +35,13 @@ class LogmelSettings:
     """Built-in audio codec: see ``pipeline.codecs.builtin.LogmelAudio``."""
 
     name: Literal["logmel"] = "logmel"
-    num_mels: int = Field(default=64, ge=4)
-    n_fft: int = Field(default=1024, ge=64)
-    hop: int = Field(default=160, ge=16)
+    num_mels: int = Field(default=64, ge=4, le=1024)
+    n_fft: int = Field(default=1024, ge=64, le=65536)
+    hop: int = Field(default=160, ge=16, le=65536)
     fmin_hz: float = Field(default=0.0, ge=0)
     fmax_hz: float = Field(default=8000.0, gt=0)
     patch: int = Field(default=4, ge=1, le=16)
-    channels: int = Field(default=8, ge=1)
+    channels: int = Field(default=8, ge=1, le=256)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -47,7 +49,7 @@ class HashSettings:
     """Built-in text codec: see ``pipeline.codecs.builtin.HashText``."""
 
     name: Literal["hash"] = "hash"
-    width: int = Field(default=64, ge=1)
+    width: int = Field(default=64, ge=1, le=65536)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -95,7 +97,7 @@ class AudioSettings:
 class TextSettings:
     """Captions: cut after ``max_words``."""
 
-    max_words: int = Field(default=64, ge=1)
+    max_words: int = Field(default=64, ge=1, le=65536)
     codec: HashSettings = Field(default_factory=HashSettings)
 
 
@@ -103,17 +105,19 @@ class TextSettings:
 class ClipSettings:
     """Which span of a file is a clip: its first ``seconds``."""
 
-    seconds: float = Field(default=10.0, gt=0)
+    seconds: float = Field(default=10.0, gt=0, le=DAY_S)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WindowSettings:
     """Cut every file into clips of ``seconds``, one each ``stride_seconds``; 0: not cut."""
 
-    seconds: float = Field(default=0.0, ge=0)
-    stride_seconds: float = Field(default=0.0, ge=0)
+    seconds: float = Field(default=0.0, ge=0, le=DAY_S)
+    stride_seconds: float = Field(default=0.0, ge=0, le=DAY_S)
 
     def __post_init__(self) -> None:
+        if any(0 < value < MIN_WINDOW_S for value in (self.seconds, self.stride_seconds)):
+            raise ValueError(f"seconds and stride_seconds of windows: {MIN_WINDOW_S:g} at least")
         if self.seconds and not self.stride_seconds:
             object.__setattr__(self, "stride_seconds", self.seconds)
         if self.stride_seconds and not self.seconds:
@@ -121,6 +125,14 @@ class WindowSettings:
 
 
 Policy = Literal["flag", "drop"]
+# Check -> the setting that is its threshold, in the order in which checks are applied.
+THRESHOLDS = {
+    "truncated": "min_decoded_share",
+    "too_short": "min_seconds",
+    "silent": "max_silent_share",
+    "still": "min_motion",
+    "low_fps": "min_fps",
+}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -165,6 +177,7 @@ class EncodeConfig:
         caption_template: caption of clips that have a label only, such as "the sound of {label}".
         decoders: decoder processes beside the encoder; 0 = CPUs of the machine less one.
         decode_timeout_s: a clip that takes longer has its decoder killed.
+        fetch_timeout_s: so has one whose file takes longer to come, if it is not a local file.
         clips_per_decoder: a decoder process is replaced after this many clips.
         cache_dir: where remote media and members of tars are kept for a while; default: in /tmp.
         cache_gb: size of that cache on every node, at most.
@@ -176,7 +189,7 @@ class EncodeConfig:
     columns: tuple[Literal["video", "audio", "text"], ...] = Field(
         default=("video", "audio", "text"), min_length=1
     )
-    shard_size: int = Field(default=512, ge=1)
+    shard_size: int = Field(default=512, ge=1, le=1_000_000)
     seed: int = 0
     caption_template: str = ""
     clip: ClipSettings = Field(default_factory=ClipSettings)
@@ -185,12 +198,13 @@ class EncodeConfig:
     audio: AudioSettings = Field(default_factory=AudioSettings)
     text: TextSettings = Field(default_factory=TextSettings)
     checks: CheckSettings = Field(default_factory=CheckSettings)
-    decoders: int = Field(default=0, ge=0)
-    decode_timeout_s: float = Field(default=60.0, gt=0)
+    decoders: int = Field(default=0, ge=0, le=1024)
+    decode_timeout_s: float = Field(default=60.0, gt=0, le=DAY_S)
+    fetch_timeout_s: float = Field(default=600.0, gt=0, le=DAY_S)
     clips_per_decoder: int = Field(default=2000, ge=1)
     cache_dir: str | None = None
-    cache_gb: float = Field(default=20.0, gt=0)
-    window_mb: int = Field(default=512, ge=1)
+    cache_gb: float = Field(default=20.0, gt=0, le=1e6)
+    window_mb: int = Field(default=512, ge=1, le=1_000_000)
     max_failed_share: float = Field(default=0.5, ge=0, le=1)
 
 
@@ -209,31 +223,28 @@ def decode_settings(config: EncodeConfig) -> DecodeSettings:
 def preprocessing(config: EncodeConfig, modality: str) -> dict[str, Any]:
     """Return what a modality goes through before its codec; part of the fingerprint.
 
-    Checks count where they decide what has latents.
+    Checks count where they decide what has latents, and for sound the picture's size and rate
+    where stillness does, which is measured on the frames.
     """
     if modality == "text":
         return {"max_words": config.text.max_words}
     common = {"checks": dropping(config.checks), "decoder_version": DECODER_VERSION}
+    video, audio = config.video, config.audio
+    picture = {"fps": video.fps, "sizes": list(video.sizes), "fit": video.fit}
+    picture |= {"decoder": video.decoder}
     if modality == "video":
-        video = config.video
-        picture = {"fps": video.fps, "sizes": list(video.sizes), "fit": video.fit}
-        return picture | {"decoder": video.decoder} | common
-    return {"sample_rate": config.audio.sample_rate, "channels": config.audio.channels} | common
+        return picture | common
+    if config.checks.still == "drop":
+        common |= {"picture": picture}
+    return {"sample_rate": audio.sample_rate, "channels": audio.channels} | common
 
 
 def dropping(checks: CheckSettings) -> dict[str, Any]:
     """Return the checks that take latents away, with their thresholds."""
-    thresholds = {
-        "too_short": "min_seconds",
-        "truncated": "min_decoded_share",
-        "silent": "max_silent_share",
-        "still": "min_motion",
-        "low_fps": "min_fps",
-        "duplicate": None,
-    }
+    limits = {check: getattr(checks, name) for check, name in THRESHOLDS.items()}
     return {
-        check: getattr(checks, threshold) if threshold else True
-        for check, threshold in thresholds.items()
+        check: limit
+        for check, limit in (limits | {"duplicate": True}).items()
         if getattr(checks, check) == "drop"
     }
 

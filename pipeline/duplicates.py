@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import format as fmt
-from pipeline.checks import count_flags, facts_path
+from pipeline.checks import count_flags, facts_path, read_usable
 from pipeline.config import CheckSettings
 from pipeline.files import sync_folder
 from pipeline.shards import ShardWriter
@@ -32,7 +32,7 @@ class Settled(NamedTuple):
     """What the facts of all clips say together.
 
     Attributes:
-        flagged: flag -> number of clips with status ok that have it.
+        flagged: flag -> number of clips that have it and of which something can be encoded.
         num_dropped: duplicates that have no latents in any column.
         complaint: why the columns are not what the settings ask for, or None.
     """
@@ -58,10 +58,13 @@ def settle_duplicates(
     known = [shard for shard in range(len(rows_per_shard)) if facts_path(folder, shard).exists()]
     if not clip_columns or not known:
         return Settled(Counter())
-    flagged, duplicates = count_flags(folder, known), find_duplicates(folder, known)
+    duplicates = find_duplicates(folder, known)
     write_duplicates(folder, duplicates)
     if checks.duplicate == "flag":
+        flagged = count_flags(folder, known, {})
         return Settled(flagged + Counter(duplicate=len(duplicates)))
+    doomed = _rows_by_shard(duplicates)
+    flagged = count_flags(folder, known, doomed)
     if lacking := len(rows_per_shard) - len(known):
         return Settled(
             flagged,
@@ -72,7 +75,7 @@ def settle_duplicates(
         )
     reopened = set[int]()
     for column in clip_columns:
-        reopened |= drop_duplicates(column, folder, duplicates, rows_per_shard)
+        reopened |= drop_rows(column, folder, doomed, rows_per_shard)
     if reopened:
         return Settled(
             flagged,
@@ -84,9 +87,11 @@ def settle_duplicates(
 
 
 def find_duplicates(folder: Path, shards: list[int]) -> pa.Table:
-    """Find the clips with status ok whose content hash an earlier clip with status ok has.
+    """Find the clips whose content hash an earlier clip has.
 
-    Hashes are sorted as numbers: two million clips take 4 s and 200 MB on one core.
+    Only clips count of which something can be encoded, picture or sound: what has no latents
+    anyway is no copy, and nothing is a copy of it. Hashes are sorted as numbers: two million clips
+    take 4 s and 200 MB on one core.
 
     Args:
         folder: the facts.
@@ -112,9 +117,7 @@ def _hashes(folder: Path, shards: list[int]) -> tuple[np.ndarray, np.ndarray]:
     hashes = [np.zeros((0, 2), dtype=np.uint64)]
     places = [np.zeros((0, 2), dtype=np.int32)]
     for shard in shards:
-        table = pq.read_table(facts_path(folder, shard), columns=["status", "content_hash"])
-        pairs = zip(*(column.to_pylist() for column in table), strict=True)
-        found = [(row, digits) for row, (status, digits) in enumerate(pairs) if status == "ok"]
+        found = enumerate(read_usable(folder, shard, "content_hash"))
         hashed = {row: digits for row, digits in found if digits}
         rows, digits = np.array(list(hashed), dtype=np.int64), "".join(hashed.values())
         hashes.append(np.frombuffer(bytes.fromhex(digits), dtype=np.uint64).reshape(-1, 2))
@@ -147,10 +150,19 @@ def write_duplicates(folder: Path, duplicates: pa.Table) -> None:
         write_parquet(path, duplicates)
 
 
-def drop_duplicates(
-    column: fmt.Column, folder: Path, duplicates: pa.Table, rows_per_shard: list[int]
+def _rows_by_shard(duplicates: pa.Table) -> dict[int, set[int]]:
+    rows: dict[int, set[int]] = {}
+    for shard, row in zip(
+        *(duplicates[name].to_pylist() for name in ("shard", "row")), strict=True
+    ):
+        rows.setdefault(shard, set()).add(row)
+    return rows
+
+
+def drop_rows(
+    column: fmt.Column, folder: Path, doomed: dict[int, set[int]], rows_per_shard: list[int]
 ) -> set[int]:
-    """Turn the duplicates of a column into tombstones; other payloads are copied.
+    """Turn the duplicates of a column, rows by shard, into tombstones; others are copied.
 
     A crash on the way leaves a shard as it was, or without a commit: then the next run encodes
     it again.
@@ -159,27 +171,22 @@ def drop_duplicates(
         Shards with a tombstone of a clip that is no duplicate any more, because its first copy
         failed when it was tried again. Their commits are taken back.
     """
-    expected: dict[int, set[int]] = {}
-    for shard, row in zip(
-        *(duplicates[name].to_pylist() for name in ("shard", "row")), strict=True
-    ):
-        expected.setdefault(shard, set()).add(row)
     reopened = set[int]()
     for shard in sorted(column.committed_shards()):
-        wanted = expected.get(shard, set())
+        wanted = doomed.get(shard, set())
         if not wanted and "duplicate" not in column.committed(shard)["status_counts"]:
             continue
         status = column.index(shard, rows_per_shard[shard])["status"]
         if set(np.flatnonzero(status == DUPLICATE).tolist()) - wanted:
             _take_back_commit(column, shard)
             reopened.add(shard)
-        elif doomed := wanted & set(np.flatnonzero(status == fmt.OK).tolist()):
+        elif rows := wanted & set(np.flatnonzero(status == fmt.OK).tolist()):
             keys = pq.read_table(facts_path(folder, shard), columns=["key"])["key"].to_pylist()
-            _drop_rows(column, shard, keys, doomed)
+            _drop_of_shard(column, shard, keys, rows)
     return reopened
 
 
-def _drop_rows(column: fmt.Column, shard: int, keys: list[str], doomed: set[int]) -> None:
+def _drop_of_shard(column: fmt.Column, shard: int, keys: list[str], doomed: set[int]) -> None:
     """Write a shard again without the payloads of some rows; timings of its commit are kept."""
     record, index = column.committed(shard), column.index(shard, len(keys))
     attempt = f"duplicates-{secrets.token_hex(4)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import secrets
 import shlex
 import signal
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from pipeline import format as fmt
 from pipeline.captions import copy_captions
-from pipeline.checks import DECISIONS, facts_directory, facts_path
+from pipeline.checks import DECISIONS, facts_directory
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.duplicates import settle_duplicates
 from pipeline.files import write_json
@@ -82,7 +83,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
         "clips that a check dropped are no failures, here and in max_failed_share",
     )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, dotted names")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    if re.search(r"[\ud800-\udfff]", arguments.out):
+        sys.exit(f"error: --out {arguments.out!a} is no UTF-8, expected a name that is; rename it")
     overrides = list(arguments.settings)
     if arguments.columns is not None:
         overrides.append(f"columns=[{arguments.columns}]")
@@ -112,6 +115,7 @@ def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False
         NoRoomError: the disk is full; committed shards are safe.
     """
     source = open_source(src, config)
+    refuse_out_in_source(src, out, source)
     specs = column_specs(config)  # before anything is written: the settings must be possible
     plan = ensure_plan(out, source, config)
     columns = {m: create_column(out, spec, plan.plan_id) for m, spec in specs.items()}
@@ -119,7 +123,7 @@ def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False
         copy_captions(out, plan, columns["text"].path)
     facts = out / facts_directory(plan.plan_id, config)
     if retry_failed:
-        reopen_failed(columns, facts)
+        reopen_failed(columns)
     work = list(open_tasks(plan, columns))
     num_clips = sum(rows for _, modalities, rows in work if modalities != ("text",))
     print(
@@ -144,16 +148,25 @@ def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False
     return settled.complaint or too_many_failed(totals, config)
 
 
-def reopen_failed(columns: dict[str, fmt.Column], facts: Path) -> None:
-    """Take back the commits of all shards that hold a failed clip, and what was found in them."""
-    failed: set[int] = set()
+def refuse_out_in_source(src: str, out: Path, source: Source) -> None:
+    """Refuse a data set within a folder that is searched: the next run would find its tars."""
+    is_searched = source.kind in ("folder", "tars") and Path(src).is_dir()
+    if is_searched and out.resolve().is_relative_to(Path(src).resolve()):
+        raise ConfigError(
+            f"--out {out} is in {src}, all of which is searched for media; expected a folder "
+            "outside of it"
+        )
+
+
+def reopen_failed(columns: dict[str, fmt.Column]) -> None:
+    """Take back the commits of all shards that hold a failed clip.
+
+    What was found in a failed clip does not count anyway: see ``pipeline.checks.is_settled``.
+    """
     for column in columns.values():
         for shard in column.committed_shards():
             if set(column.committed(shard)["status_counts"]) - DECISIONS - {"ok"}:
-                failed.add(shard)
                 (column.path / f"{fmt.shard_name(shard)}.json").unlink()
-    for shard in failed:
-        facts_path(facts, shard).unlink(missing_ok=True)
 
 
 def open_tasks(
@@ -196,6 +209,7 @@ def make_job(
         decode=decode_settings(config),
         checks=config.checks,
         decode_timeout_s=config.decode_timeout_s,
+        fetch_timeout_s=config.fetch_timeout_s,
         clips_per_decoder=config.clips_per_decoder,
         window_clips=max(2, math.floor(config.window_mb * 1e6 / clip_bytes)),
     )

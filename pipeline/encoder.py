@@ -2,7 +2,7 @@
 
 Rows are written in plan order whatever the order they were decoded in, a bad clip becomes a
 tombstone, and all wanted columns of the shard are committed together after its facts. Where an
-earlier run left facts, they decide the verdicts over whole clips and stay as they are.
+earlier run left facts of a clip that was whole, they decide the verdict and stay as they are.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from pipeline.captions import caption_key
 from pipeline.checks import (
     clip_status,
     facts_row,
+    is_settled,
     judge,
     read_facts,
-    settled,
+    verdict_without_decoding,
     with_facts,
     write_facts,
 )
@@ -99,48 +99,59 @@ class ShardEncoder:
     ) -> Iterator[ShardUpdate]:
         facts_folder = Path(self._job.root) / self._job.facts
         stored = read_facts(facts_folder, task.shard)
-        # Facts are measured on both modalities, whatever columns this run writes.
-        wanted = set(writers) if stored else {"video", "audio"}
+        known = [
+            row if row and is_settled(row) else None for row in stored or [None] * len(task.clips)
+        ]
         facts, early, next_row = [], dict[int, Decoded](), 0
-        for found in self._decoded(task, stored, wanted, decode_all):
+        for found in self._decoded(task, known, set(writers), decode_all):
             if found is None:
                 yield ShardUpdate("alive", task.shard)
                 continue
             early[found[0]] = found[1]
             while next_row in early:
                 decoded, clip = early.pop(next_row), task.clips[next_row]
-                decoded = with_facts(decoded, stored[next_row] if stored else None)
-                written = self._write_row(clip, judge(decoded, self._job.checks), writers)
-                facts.append(facts_row(next_row, clip, written))
+                judged = judge(with_facts(decoded, known[next_row]), self._job.checks)
+                facts.append(known[next_row] or facts_row(next_row, clip, judged))
                 next_row += 1
-                problems = {m: written.problems[m] for m in writers if m in written.problems}
+                problems = self._write_row(clip, judged, writers)
                 yield ShardUpdate("clip", task.shard, clip.key, *clip_status(problems))
-        if not stored:
+        if facts != stored:
             write_facts(facts_folder, task.shard, facts)
 
     def _decoded(
         self,
         task: ShardTask,
-        stored: list[dict[str, Any]] | None,
+        known: list[dict[str, Any] | None],
         wanted: set[str],
         decode_all: DecodeAll,
     ) -> Iterator[tuple[int, Decoded] | None]:
-        """Decode the clips, but not those whose file is not there or whose facts say enough."""
+        """Decode the clips, but not those whose file is not there or whose facts say enough.
+
+        Facts are measured on both modalities, whatever columns this run writes.
+        """
         there = []
+        if None in known:
+            wanted = {"video", "audio"}
         for row, clip in enumerate(task.clips):
-            verdict = settled(stored[row], self._job.checks) if stored else None
+            facts = known[row]
+            verdict = verdict_without_decoding(facts, self._job.checks) if facts else None
             if verdict:
                 yield row, verdict
             elif self._media.is_missing(clip.uri):
-                problem = ("missing", f"no file {clip.uri}")
-                yield row, Decoded(None, None, {"video": problem, "audio": problem})
+                found = f"no file {clip.uri} in {self._job.media_root}"
+                yield row, Decoded.failed("missing", f"{found}, expected the clip's media")
             else:
                 there.append(row)
         yield from decode_all(task.clips, there, wanted)
 
-    def _write_row(self, clip: Clip, decoded: Decoded, writers: dict[str, ShardWriter]) -> Decoded:
-        """Write one row of every column; return the clip with the problems of encoding it."""
-        problems = dict(decoded.problems)
+    def _write_row(
+        self, clip: Clip, decoded: Decoded, writers: dict[str, ShardWriter]
+    ) -> dict[str, tuple[str, str]]:
+        """Write one row of every column; return why columns have no latent, by modality.
+
+        What a codec finds is no fact about the clip: another codec may do.
+        """
+        problems = {m: problem for m, problem in decoded.problems.items() if m in writers}
         media = {"video": decoded.frames, "audio": decoded.sound}
         for modality, writer in writers.items():
             latent = None
@@ -150,15 +161,19 @@ class ShardEncoder:
                     problems[modality] = problem
             code = fmt.STATUS_CODE[problems[modality][0]] if modality in problems else fmt.OK
             writer.add(clip.key, latent, code)
-        return replace(decoded, problems=problems)
+        return problems
 
     def _encode_one(
-        self, modality: str, item: np.ndarray | None
+        self, modality: str, item: Any
     ) -> tuple[np.ndarray | None, tuple[str, str] | None]:
-        started = time.perf_counter()
-        latent = self._codecs[modality].encode([item])[0]
+        """Return the latent of frames or sound, or why there is none."""
+        started, codec = time.perf_counter(), self._codecs[modality]
+        latent = codec.encode([item])[0]
         if latent.shape[0] == 0:
-            return None, ("too_short", f"the {modality} is shorter than one latent")
+            decode, is_video = self._job.decode, modality == "video"
+            found = f"{len(item)} frames" if is_video else f"{item.shape[1]} samples"
+            needed = (decode.fps if is_video else decode.sample_rate) / codec.rate_hz
+            return None, ("too_short", f"{found}, expected {needed:g} for one latent at least")
         with np.errstate(over="ignore"):  # found below
             stored = np.ascontiguousarray(latent, dtype=self._job.columns[modality].dtype)
         self._encode_s += time.perf_counter() - started
@@ -166,6 +181,6 @@ class ShardEncoder:
             peak = float(np.abs(np.nan_to_num(latent, posinf=np.inf, neginf=-np.inf)).max())
             return None, (
                 "nonfinite",
-                f"a {modality} latent of {peak:.3g} does not fit {stored.dtype}",
+                f"a {modality} latent of {peak:.3g}, expected what {stored.dtype} can hold",
             )
         return stored, None

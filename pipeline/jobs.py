@@ -21,6 +21,7 @@ class Job:
         columns: by modality.
         media_root: folder or URL that clip uris are relative to.
         cache_dir, cache_bytes: of media that are not local, see ``pipeline.storage``.
+        decode_timeout_s, fetch_timeout_s: of one clip, and of its file if that is not local.
         clips_per_decoder: a decoder process is replaced after this many.
         window_clips: clips decoded or being decoded ahead of the encoder, at most.
     """
@@ -36,6 +37,7 @@ class Job:
     decode: DecodeSettings
     checks: CheckSettings
     decode_timeout_s: float
+    fetch_timeout_s: float
     clips_per_decoder: int
     window_clips: int
 

@@ -84,3 +84,8 @@ class Decoded:
     sound: np.ndarray | None
     problems: dict[str, tuple[str, str]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def failed(cls, status: str, message: str) -> Decoded:
+        """Return what there is of a clip of which nothing could be decoded."""
+        return cls(None, None, {"video": (status, message), "audio": (status, message)})

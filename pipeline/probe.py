@@ -12,12 +12,13 @@ import math
 import re
 import signal
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pipeline.checks import clip_status, judge
 from pipeline.child import ChildProcess
 from pipeline.config import EncodeConfig, decode_settings
 from pipeline.media import Clip, ClipError, Decoded
@@ -72,32 +73,26 @@ class Verdict:
     facts: dict[str, Any]
 
 
-def load_judge(config: EncodeConfig, start_s: float, duration_s: float) -> Callable[[str], Verdict]:
-    """Return the function from a file's path to its verdict; imports the decoders."""
-    from pipeline.checks import clip_status, judge
+def load_judge(config: EncodeConfig, start_s: float, duration_s: float) -> Callable[[str], Decoded]:
+    """Return the function from a file's path to what encode finds in it; imports the decoders.
+
+    Both modalities are decoded whatever the columns, as encode does for its facts: a check on one
+    decides about both.
+    """
     from pipeline.decode import decode_clip
 
-    wanted = {"video", "audio"} & set(config.columns)
     settings = decode_settings(config)
 
-    def verdict(name: str) -> Verdict:
+    def find(name: str) -> Decoded:
         clip = Clip(key="probe", uri=name, start_s=start_s, duration_s=duration_s)
-        try:
-            decoded = judge(decode_clip(Path(name), clip, settings, wanted), config.checks)
-        except ClipError as error:
-            problem = (error.status, error.message)
-            decoded = Decoded(None, None, dict.fromkeys(sorted(wanted), problem))
-        problems = {name: decoded.problems[name] for name in wanted & set(decoded.problems)}
-        facts = {name: _plain(value) for name, value in decoded.facts.items()}
-        return Verdict(*clip_status(problems), problems, facts)
+        decoded = judge(decode_clip(Path(name), clip, settings, {"video", "audio"}), config.checks)
+        return replace(decoded, frames=None, sound=None)  # which are large to send
 
-    return verdict
+    return find
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that strict JSON can hold: no numpy, no NaN."""
-    if hasattr(value, "item"):
-        value = value.item()
+    """Return a value that strict JSON can hold: no NaN."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -114,7 +109,7 @@ def main() -> None:
     try:
         with ChildProcess(prepare, config.decode_timeout_s) as child:
             for name in files:
-                verdict = probe_file(child, name)
+                verdict = probe_file(child, name, config.columns)
                 all_ok &= verdict.status == "ok"
                 text = as_json(name, verdict) if arguments.json else as_table(name, verdict)
                 sys.stdout.write(text + "\n")
@@ -184,13 +179,15 @@ def _check_file(name: str) -> None:
         raise ConfigError(f"{name} is a device or a pipe, expected a media file")
 
 
-def probe_file(child: ChildProcess, name: str) -> Verdict:
-    """Return the verdict of one file, whatever it does to its decoder."""
+def probe_file(child: ChildProcess, name: str, columns: Collection[str]) -> Verdict:
+    """Return the verdict of one file on the wanted columns, whatever it does to its decoder."""
     try:
-        return child.call(name)
+        decoded = child.call(name)
     except ClipError as error:
-        problem = (error.status, error.message)
-        return Verdict(*problem, {"video": problem, "audio": problem}, {})
+        decoded = Decoded.failed(error.status, error.message)
+    problems = {m: problem for m, problem in decoded.problems.items() if m in columns}
+    facts = {name: _plain(value) for name, value in decoded.facts.items()}
+    return Verdict(*clip_status(problems), problems, facts)
 
 
 def as_json(name: str, verdict: Verdict) -> str:

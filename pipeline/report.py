@@ -75,8 +75,7 @@ class RunReport:
         elif news.event == "clip":
             self._shard_statuses[news.status] += 1
             self._bar.update(1)
-            ok = (self.statuses + self._shard_statuses)["ok"]
-            self._bar.set_postfix_str(f"ok {ok}, failed {self.num_clips - ok}", refresh=False)
+            self._bar.set_postfix_str(self._progress(), refresh=False)
             if news.status != "ok":
                 self._write("clip", key=news.key, status=news.status, message=news.message)
         elif news.event == "committed":
@@ -86,6 +85,11 @@ class RunReport:
             self._encode_s += news.encode_s
             columns = list(news.committed)
             self._write("shard", shard=news.shard, columns=columns, seconds=round(news.seconds, 3))
+
+    def _progress(self) -> str:
+        counts = self.statuses + self._shard_statuses
+        failed, ok = failures(counts).total(), counts["ok"]
+        return f"ok {ok}, failed {failed}, dropped {counts.total() - ok - failed}"
 
     def _write(self, event: str, **fields: Any) -> None:
         record = {"time": round(time.time(), 3), "event": event, **fields}

@@ -231,6 +231,10 @@ class MediaStore:
         """
         return MediaCache(self._cache_dir, self._cache_bytes)
 
+    def is_copied(self, uri: str) -> bool:
+        """Return whether ``local`` gives a copy, which may take long to come."""
+        return bool(URL.match(self.root) or MEMBER.fullmatch(uri))
+
     def is_missing(self, uri: str) -> bool:
         """Return whether a file is known not to be there; never asks the network."""
         if URL.match(self.root):
@@ -265,7 +269,7 @@ class MediaStore:
             yield path
 
     def _path(self, uri: str, held: contextlib.ExitStack) -> Path:
-        if isinstance(self._folder, LocalFolder) and not MEMBER.fullmatch(uri):
+        if isinstance(self._folder, LocalFolder) and not self.is_copied(uri):
             self._folder.stat(uri)
             return self._folder.path(uri)
         return held.enter_context(self._copy(uri))

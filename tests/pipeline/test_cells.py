@@ -6,10 +6,12 @@ an actor that behaves as the clip's key says.
 
 import ctypes
 import os
+import re
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -23,12 +25,14 @@ from pipeline.config import CheckSettings, EncodeConfig, decode_settings
 from pipeline.jobs import Job
 from pipeline.media import Clip, Decoded
 from pipeline.mux import write_mp4
+from tests.pipeline.test_decoder_memory import MAX_PEAK_BYTES, write_full_hd
 
-# By value: a worker that imported this module would import torch for nothing.
+# By value: a worker that imported this module would import what only tests need.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 NUM_DECODERS = 2
-TIMEOUT_S = 3.0
+TIMEOUT_S = 2.0
+BOTH = {"video", "audio"}
 SETTINGS = replace(decode_settings(EncodeConfig()), sizes=((64, 64),))
 
 
@@ -52,6 +56,20 @@ class OddDecoder:
             raise ZeroDivisionError("a bug")
         facts = {"attempts": attempts, "process": os.getpid()}
         return Decoded(np.full((2, 4, 4, 3), int(row), np.uint8), None, {}, facts)
+
+
+@ray.remote(num_cpus=1, max_restarts=0)
+class SlowToFetch:
+    """Takes longer to fetch a file than a clip may take, and for one that hangs for ever."""
+
+    def __init__(self, media, settings):
+        pass
+
+    def fetch(self, clip):
+        time.sleep(1000 if clip.key.startswith("hang") else 1.5 * TIMEOUT_S)
+
+    def decode(self, clip, wanted):
+        return Decoded(None, None)
 
 
 @ray.remote(num_cpus=1, max_restarts=0)
@@ -89,7 +107,14 @@ def group():
 def make_pool(group, tmp_path, monkeypatch):
     pools = []
 
-    def make(decoder=OddDecoder, window=8, timeout_s=TIMEOUT_S, clips_per_decoder=1000):
+    def make(
+        decoder=OddDecoder,
+        window=8,
+        timeout_s=TIMEOUT_S,
+        fetch_timeout_s=60.0,
+        clips_per_decoder=1000,
+        cache_dir=None,
+    ):
         if decoder is not None:
             monkeypatch.setattr(cells, "DecoderActor", decoder)
         (tmp_path / "anchor").touch()
@@ -100,11 +125,12 @@ def make_pool(group, tmp_path, monkeypatch):
             run_id="run",
             columns={},
             media_root=str(tmp_path),
-            cache_dir=None,
+            cache_dir=cache_dir,
             cache_bytes=1_000_000,
             decode=SETTINGS,
             checks=CheckSettings(),
             decode_timeout_s=timeout_s,
+            fetch_timeout_s=fetch_timeout_s,
             clips_per_decoder=clips_per_decoder,
             window_clips=window,
         )
@@ -150,7 +176,8 @@ def test_clip_that_hangs_in_native_code_costs_itself_only(make_pool, tmp_path):
     clips = clips_of("fine", "hang", *["fine"] * 10)
     decoded = collect(pool, clips)
     assert statuses(decoded) == {1: "decode_timeout"}
-    assert "3 s, 2 times" in decoded[1].problems["audio"][1]
+    message = decoded[1].problems["audio"][1]
+    assert "2 s" in message and "2 times" in message and "decode_timeout_s" in message
     assert len(list(tmp_path.glob("1.*"))) == 2
     assert statuses(collect(pool, clips_of("fine", "fine"))) == {}
 
@@ -158,7 +185,7 @@ def test_clip_that_hangs_in_native_code_costs_itself_only(make_pool, tmp_path):
 def test_clip_that_kills_its_decoder_costs_itself_only(make_pool, tmp_path):
     decoded = collect(make_pool(), clips_of("crash", *["fine"] * 6, "crash", "fine"))
     assert statuses(decoded) == {0: "decode_crash", 7: "decode_crash"}
-    assert "its decoder died" in decoded[0].problems["video"][1]
+    assert "decoder died" in decoded[0].problems["video"][1]
     # Three attempts where the first death was blamed on the clip before.
     assert all(2 <= len(list(tmp_path.glob(f"{row}.*"))) <= 3 for row in (0, 7))
 
@@ -187,8 +214,9 @@ def test_decoder_is_replaced_after_its_share_of_clips(make_pool, tmp_path):
         processes.update(result.facts["process"] for result in decoded.values())
         for note in tmp_path.glob("[0-9]*"):
             note.unlink()
-    assert max(processes.values()) == share
-    assert len(processes) == -(-2 * num_clips // share)
+    assert max(processes.values()) <= share
+    # Which process gets how many is a matter of timing, when the second shard starts above all.
+    assert 2 * num_clips / share <= len(processes) <= 2 * num_clips / share + NUM_DECODERS
     assert not any(psutil.pid_exists(pid) for pid in list(processes)[:-NUM_DECODERS])
 
 
@@ -244,6 +272,23 @@ def test_caller_that_is_slow_costs_no_clip(make_pool):
     assert [decoded.facts["attempts"] for _, decoded in found] == [0] * 5
 
 
+def test_time_to_fetch_a_file_is_not_the_decoder_s(make_pool):
+    """Members of tars and remote files are copied first, and that has a deadline of its own."""
+    clips = [replace(clip, uri=f"a.tar#0+4/{clip.uri}") for clip in clips_of("fine", "fine")]
+    decoded = dict(filter(None, make_pool(SlowToFetch).decode(clips, [0, 1], set())))
+    assert decoded.keys() == {0, 1} and statuses(decoded) == {}
+
+
+def test_file_that_never_comes_costs_its_clip_only_and_says_so(make_pool):
+    clips = [replace(clip, uri=f"a.tar#0+4/{clip.uri}") for clip in clips_of("hang", "hang")]
+    clips.append(Clip("fine-2", "2.mp4", 0, 10))  # a local file is not fetched
+    pool = make_pool(SlowToFetch, fetch_timeout_s=1.0)
+    decoded = dict(filter(None, pool.decode(clips, [0, 1, 2], set())))
+    assert statuses(decoded) == dict.fromkeys((0, 1), "unreadable")
+    assert "not fetched in 1 s" in decoded[0].problems["video"][1]
+    assert "fetch_timeout_s" in decoded[0].problems["video"][1]
+
+
 def test_time_to_start_a_decoder_is_not_the_clip_s(make_pool):
     pool = make_pool(decoder=SlowToStart)
     found = [
@@ -264,8 +309,42 @@ def test_real_decoder_decodes_and_gives_statuses(make_pool, tmp_path):
     write_mp4(tmp_path / "0.mp4", frames, 25, np.zeros(32000) + 0.1, 16000)
     (tmp_path / "1.mp4").write_bytes(b"garbage")
     pool = make_pool(decoder=None, timeout_s=60)
-    news = pool.decode(clips_of("fine", "fine", "fine"), [0, 1, 2], {"video", "audio"})
+    news = pool.decode(clips_of("fine", "fine", "fine"), [0, 1, 2], BOTH)
     decoded = dict(found for found in news if found is not None)
     assert statuses(decoded) == {1: "unreadable", 2: "missing"}
     assert decoded[0].frames.shape == (16, 64, 64, 3)
     assert decoded[0].sound.shape == (1, 32000)
+
+
+def test_real_decoder_decodes_members_of_a_tar(make_pool, tmp_path):
+    frames = np.random.default_rng(0).integers(0, 255, (50, 64, 64, 3), dtype=np.uint8)
+    write_mp4(tmp_path / "0.mp4", frames, 25, np.zeros(32000) + 0.1, 16000)
+    size = (tmp_path / "0.mp4").stat().st_size
+    (tmp_path / "0.mp4").rename(tmp_path / "a.tar")  # where members are is the plan's to know
+    names = (f"a.tar#0+{size}/0.mp4", f"a.tar#0+{2 * size}/1.mp4", f"b.tar#0+{size}/2.mp4")
+    clips = [Clip(f"fine-{row}", uri, 0, 10) for row, uri in enumerate(names)]
+    pool = make_pool(decoder=None, timeout_s=60, cache_dir=str(tmp_path / "cache"))
+    decoded = dict(filter(None, pool.decode(clips, [0, 1, 2], BOTH)))
+    assert statuses(decoded) == {1: "unreadable", 2: "missing"}
+    assert decoded[0].frames.shape == (16, 64, 64, 3)
+
+
+def test_decoder_of_1080p_stays_small(make_pool, tmp_path, tmp_path_factory):
+    film = tmp_path_factory.getbasetemp() / "1080p.mp4"
+    if not film.exists():
+        write_full_hd(film)
+    os.link(film, tmp_path / "0.mp4")
+    pool = make_pool(decoder=None, timeout_s=60)
+    found = pool.decode([Clip(f"a-{row}", "0.mp4", 0, 10) for row in range(4)], [*range(4)], BOTH)
+    assert statuses(dict(filter(None, found))) == {}
+    peaks = []
+    for process in psutil.Process().children(recursive=True):
+        if "ray::DecoderActor" in process.cmdline()[0]:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak, shared = (
+                1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+                for name in ("VmHWM", "RssShmem")
+            )
+            peaks.append(peak - shared)
+    print(f"peak RSS without shared memory: {[round(peak / 1e6) for peak in peaks]} MB")
+    assert len(peaks) == NUM_DECODERS and max(peaks) < MAX_PEAK_BYTES

@@ -16,9 +16,10 @@ from pipeline.checks import (
     count_flags,
     facts_directory,
     facts_row,
+    is_settled,
     judge,
     read_facts,
-    settled,
+    verdict_without_decoding,
     with_facts,
     write_facts,
 )
@@ -46,6 +47,7 @@ DROP_ALL = CheckSettings(silent="drop", still="drop", low_fps="drop", duplicate=
 FLAG_ALL = CheckSettings(too_short="flag", truncated="flag")
 FRAMES = np.zeros((4, 8, 8, 3), np.uint8)
 SOUND = np.zeros((1, 100), np.float32)
+FLAGGED = GOOD | {"flags": ["still"]}
 CLIP = Clip("k", "k.mp4", 0.0, 10.0)
 
 
@@ -152,8 +154,11 @@ def test_verdict_is_the_same_when_one_modality_is_decoded_later(facts, checks, w
     measured = {"motion": "video", "silent_share": "audio"}
     known = {n: v for n, v in facts.items() if measured.get(n, min(wanted)) in wanted}
     here = {m: problem for m, problem in problems.items() if m in wanted}
-    later = judge(with_facts(Decoded(None, None, here, known), stored), checks)
-    without_decoding = settled(stored, checks)
+    if is_settled(stored):
+        later = judge(with_facts(Decoded(None, None, here, known), stored), checks)
+    else:  # then both are decoded and measured again
+        later = judge(Decoded(None, None, problems, facts), checks)
+    without_decoding = verdict_without_decoding(stored, checks)
     for modality in wanted:
         assert later.problems.get(modality) == first.problems.get(modality)
         if without_decoding:
@@ -164,12 +169,21 @@ def test_verdict_is_the_same_when_one_modality_is_decoded_later(facts, checks, w
 def test_failure_is_tried_again_but_a_decision_is_not():
     for problems in ({"video": ("missing", "m"), "audio": ("missing", "m")}, {}):
         stored = facts_row(0, CLIP, Decoded(None, None, problems, dict(GOOD)))
-        assert settled(stored, DROP_ALL) is None
-    nonfinite = Decoded(None, None, {"video": ("nonfinite", "m")}, GOOD | {"flags": []})
-    assert settled(facts_row(0, CLIP, nonfinite), DROP_ALL) is None
+        assert verdict_without_decoding(stored, DROP_ALL) is None
+        assert is_settled(stored) == (not problems)
+    short = facts_row(0, CLIP, judge(decoded(duration_s=0.1), DROP_ALL))
+    assert not is_settled(short) and verdict_without_decoding(short, DROP_ALL) is None
     still = judge(decoded(motion=0.0), DROP_ALL)
-    verdict = settled(facts_row(0, CLIP, still), DROP_ALL)
+    verdict = verdict_without_decoding(facts_row(0, CLIP, still), DROP_ALL)
     assert verdict is not None and verdict.problems == still.problems
+
+
+def test_file_that_was_replaced_since_its_facts_fails():
+    stored = facts_row(0, CLIP, decoded(content_hash="aa"))
+    assert with_facts(decoded(content_hash="aa"), stored).problems == {}
+    for modality in ("video", "audio"):
+        status, message = with_facts(decoded(content_hash="bb"), stored).problems[modality]
+        assert status == "unreadable" and "found content bb, expected aa" in message
 
 
 def test_facts_are_read_back_as_they_were_written(tmp_path):
@@ -178,13 +192,17 @@ def test_facts_are_read_back_as_they_were_written(tmp_path):
         facts_row(0, CLIP, judge(Decoded(None, None, {}, facts | {"motion": 0.0}), FLAG_ALL)),
         facts_row(1, CLIP, Decoded(None, None, {"audio": ("no_audio", "none")}, {})),
         facts_row(2, CLIP, judge(decoded(motion=0.0, fps=1.0), DROP_ALL)),
+        facts_row(3, CLIP, Decoded(FRAMES, None, {"audio": ("no_audio", "none")}, FLAGGED)),
+        facts_row(4, CLIP, replace(Decoded.failed("missing", "none"), facts=FLAGGED)),
     ]
     assert list(rows[0]) == FACTS_SCHEMA.names
     write_facts(tmp_path / "facts", 3, rows)
     assert read_facts(tmp_path / "facts", 3) == rows
     assert read_facts(tmp_path / "facts", 4) is None
     assert rows[1]["status"] == "no_audio" and rows[2]["status"] == "still"
-    assert count_flags(tmp_path / "facts", [3]) == Counter(still=1)
+    assert [rows[3][f"{modality}_status"] for modality in ("video", "audio")] == ["ok", "no_audio"]
+    assert count_flags(tmp_path / "facts", [3], {}) == Counter(still=2), "films without sound count"
+    assert count_flags(tmp_path / "facts", [3], {3: {0}}) == Counter(still=1), "dropped ones do not"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.checks import facts_row, write_facts
 from pipeline.config import CheckSettings
-from pipeline.duplicates import drop_duplicates, find_duplicates, settle_duplicates
+from pipeline.duplicates import drop_rows, find_duplicates, settle_duplicates
 from pipeline.format import Column, FormatError
 from pipeline.media import Clip, Decoded
 from tests.train.columns import Dataset
@@ -23,6 +23,7 @@ from tests.train.columns import Dataset
 DROP, FLAG = CheckSettings(duplicate="drop"), CheckSettings(duplicate="flag")
 # Clips 9 and 30 show what clip 3 shows, 31 what 30 shows under another name.
 CONTENTS = {9: 3, 30: 3, 31: 3, 17: 16}
+COSTS = {"ok": (), "no_audio": ("audio",), "no_video": ("video",)}
 CRASH_EVENTS = {"open", "os.rename", "os.link", "os.remove"}
 
 
@@ -32,7 +33,8 @@ def write_all_facts(folder, statuses, contents, shard_size):
     for first in range(0, len(statuses), shard_size):
         rows = []
         for clip in range(first, min(first + shard_size, len(statuses))):
-            problems = {} if statuses[clip] == "ok" else {"video": (statuses[clip], "why")}
+            status = (statuses[clip], "why")
+            problems = dict.fromkeys(COSTS.get(status[0], ("video", "audio")), status)
             content = None if contents[clip] is None else f"{contents[clip]:032x}"
             found = Decoded(None, None, problems, {"content_hash": content})
             rows.append(facts_row(clip - first, Clip(f"clip{clip:05d}", "", 0, 10), found))
@@ -85,10 +87,14 @@ def never_encoded(dataset, folder):
     return contents_of(replace(dataset, root=folder, failed=failed).build().root)
 
 
+# A film without sound, or sound without a picture, is a clip like others.
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.sampled_from(["ok", "ok", "ok", "silent"]), st.none() | st.integers(0, 9)),
+        st.tuples(
+            st.sampled_from(["ok", "ok", "no_audio", "no_video", "silent"]),
+            st.none() | st.integers(0, 9),
+        ),
         min_size=1,
         max_size=60,
     ),
@@ -104,7 +110,7 @@ def test_a_clip_is_a_duplicate_exactly_when_an_earlier_one_has_its_hash(
     write_all_facts(folder, statuses, contents, shard_size)
     expected, seen = [], {}
     for clip, (status, content) in enumerate(zip(statuses, contents, strict=True)):
-        if status == "ok" and content is not None:
+        if status != "silent" and content is not None:
             if content in seen:
                 expected.append((clip, seen[content]))
             seen.setdefault(content, clip)
@@ -246,4 +252,4 @@ def test_data_set_without_facts_or_clips_has_nothing_to_drop(dataset, tmp_path):
     nothing = settle_duplicates(dataset.plan, {"text": column}, tmp_path / "facts", DROP)
     assert nothing == settle_duplicates(dataset.plan, {"video": column}, tmp_path / "no", DROP)
     assert nothing.complaint is None and not nothing.flagged
-    assert drop_duplicates(column, tmp_path, find_duplicates(tmp_path, []), [8] * 5) == set()
+    assert drop_rows(column, tmp_path, {}, [8] * 5) == set()

@@ -1,4 +1,7 @@
-"""The encode command as a user runs it: real Ray, real files, real kills."""
+"""The encode command as a user runs it: real Ray, real files, real kills.
+
+Slow is what ``test_encoder.py`` and ``test_hard_clips.py`` show, too, without the command.
+"""
 
 import hashlib
 import json
@@ -16,6 +19,7 @@ import pytest
 import webdataset
 
 from pipeline import format as fmt
+from pipeline.encode import parse
 from pipeline.mux import write_mp4
 from pipeline.plan_table import PlanTable
 
@@ -285,6 +289,7 @@ def test_every_row_has_the_shape_of_its_bucket(odd_dataset):
             assert sample["video.npy"].shape == shapes[sample["__key__"]]
 
 
+@pytest.mark.slow
 def test_another_codec_comes_to_the_same_verdicts(odd_clips, odd_dataset, tmp_path):
     """Stillness can't be seen in the sound: it is in the facts of the first run."""
     out = tmp_path / "shards"
@@ -328,6 +333,7 @@ def test_lost_commits_come_back_to_the_same_bytes_though_copies_were_dropped(
         assert pq.read_table(out / path).equals(pq.read_table(odd_dataset / path)), path
 
 
+@pytest.mark.slow
 def test_flags_are_counted_and_cost_nothing(odd_clips, tmp_path):
     out = tmp_path / "shards"
     done = encode(odd_clips, out, settings=ODD_SETTINGS[: -len(ALL_DROP)])
@@ -369,6 +375,8 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(clips, tmp_path):
         (["--src", "{clips}", "--out", "{out}", "shard_sise=4"], "did you mean 'shard_size'?"),
         (["--src", "{clips}", "--out", "{out}", "video.fsp=4"], "did you mean 'video.fps'?"),
         (["--src", "{clips}", "--out", "{other}"], "neither empty nor a data set"),
+        (["--src", "{clips}", "--out", "{clips}/shards"], "searched for media; expected a folder"),
+        (["--src", "{clips}", "--out", "o\udcff"], "is no UTF-8"),
         (
             ["--src", "{clips}", "--out", "{out}", "--columns", "vidoe"],
             "'video', 'audio' or 'text'",
@@ -411,6 +419,13 @@ def test_bad_input_is_one_line_and_writes_nothing(clips, tmp_path, arguments, ex
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["thesis.doc"]
 
 
+def test_settings_may_stand_between_options():
+    words = ["--src", "a", "video.size=64", "--out", "b", "--columns", "video", "decoders=1"]
+    arguments, config = parse(words)
+    assert (arguments.src, arguments.out) == ("a", "b")
+    assert (config.video.size, config.columns, config.decoders) == (64, ("video",), 1)
+
+
 def test_another_plan_is_refused_and_named(dataset, clips):
     before = all_files(dataset)
     settings = ["shard_size=5", *SETTINGS[1:]]
@@ -428,6 +443,7 @@ def test_a_wrong_path_does_not_make_an_empty_data_set_quietly(tmp_path):
     assert "max_failed_share" in done.stderr
 
 
+@pytest.mark.slow
 def test_failed_clips_are_encoded_again_when_asked(clips, tmp_path):
     source, out = tmp_path / "source", tmp_path / "shards"
     source.mkdir()
@@ -453,6 +469,7 @@ def test_help_lists_the_settings():
     assert "sample_rate: 16000" in printed
 
 
+@pytest.mark.slow
 def test_the_real_clips_are_all_ok(shared_clips, tmp_path):
     done = encode(shared_clips / "vggsound", tmp_path / "out", settings=["shard_size=8"])
     assert done.returncode == 0, done.stderr
@@ -464,6 +481,7 @@ def test_the_real_clips_are_all_ok(shared_clips, tmp_path):
         assert [sum(r["ok"] for r in records), sum(r["rows"] for r in records)] == [17, 17]
 
 
+@pytest.mark.slow
 def test_every_hard_clip_ends_with_a_typed_status(shared_clips, tmp_path):
     done = encode(shared_clips / "hard", tmp_path / "out", settings=["max_failed_share=1"])
     assert done.returncode == 0, done.stderr

@@ -169,7 +169,8 @@ def verdicts(shared_clips):
     config = EncodeConfig()
     with ChildProcess(partial(load_judge, config, 0.0, 10.0), config.decode_timeout_s) as child:
         names = sorted(path.name for path in (shared_clips / "hard").iterdir())
-        return {name: probe_file(child, str(shared_clips / "hard" / name)) for name in names}
+        folder = shared_clips / "hard"
+        return {name: probe_file(child, str(folder / name), config.columns) for name in names}
 
 
 def test_every_file_has_an_expectation_and_a_verdict(verdicts):

@@ -83,6 +83,16 @@ def test_settings_are_those_of_encode(tmp_path):
     assert verdict["problems"].keys() == {"video"}
 
 
+def test_check_on_the_picture_decides_about_the_sound_too(tmp_path):
+    """As for encode: whatever the columns, both modalities are decoded and judged."""
+    write_mp4(tmp_path / "a.mp4", np.full((50, 64, 64, 3), 90, np.uint8), 25, np.ones(32000), RATE)
+    settings = [tmp_path / "a.mp4", "checks.still=drop"]
+    for modality, other in (("audio", "video"), ("video", "audio")):
+        code, [verdict] = verdicts(*settings, f"columns=[{modality}]")
+        assert code == 1 and verdict["status"] == "still"
+        assert modality in verdict["problems"] and other not in verdict["problems"]
+
+
 def test_span_of_a_file_is_judged_as_a_clip(tmp_path):
     path = make(tmp_path / "a.mp4", seconds=3)
     assert verdicts(path, "--start", "1", "--duration", "1.5")[1][0]["duration_s"] == 1.5

@@ -147,7 +147,7 @@ def test_empty_file_means_defaults(tmp_path):
 @given(
     st.integers(),
     st.floats(min_value=0, exclude_min=True, allow_nan=False, allow_infinity=False),
-    st.tuples(st.floats(allow_nan=False), st.floats(allow_nan=False)),
+    st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 2),
     st.none() | st.text().map(str.strip),
 )
 def test_dump_is_read_back_the_same(tmp_path_factory, steps, rate, betas, name):
@@ -219,6 +219,16 @@ def test_every_setting_that_decides_bytes_changes_its_column_only(name, value):
     assert changed == expected
 
 
+@pytest.mark.parametrize("setting", ["fps=4", "size=128", "fit=pad", "decoder=decord"])
+def test_picture_decides_about_sound_where_still_clips_are_dropped(setting):
+    """How much the picture moves depends on how it is sampled and cut."""
+    for policy, is_same in (("flag", True), ("drop", False)):
+        override = f"checks.still={policy}"
+        before = column_specs(load(EncodeConfig, None, [override]))["audio"]
+        after = column_specs(load(EncodeConfig, None, [override, f"video.{setting}"]))["audio"]
+        assert (before.directory == after.directory) == is_same
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -226,6 +236,7 @@ def test_every_setting_that_decides_bytes_changes_its_column_only(name, value):
         "seed=7",
         "decoders=7",
         "decode_timeout_s=7",
+        "fetch_timeout_s=7",
         "window_mb=7",
         "max_failed_share=0.7",
         "media=/x",

@@ -1,0 +1,180 @@
+"""A shard's columns and facts, whatever was known, missing or broken before. No Ray."""
+
+import numpy as np
+import pytest
+
+from pipeline import format as fmt
+from pipeline.checks import facts_directory, facts_path, read_facts
+from pipeline.config import EncodeConfig, column_specs, decode_settings
+from pipeline.decode import decode_clip
+from pipeline.duplicates import settle_duplicates
+from pipeline.encode import reopen_failed
+from pipeline.encoder import ShardEncoder
+from pipeline.jobs import Job, ShardTask
+from pipeline.media import Clip, ClipError, Decoded
+from pipeline.mux import write_mp4
+from pipeline.settings import load
+
+SETTINGS = ["video.size=64", "clip.seconds=2"]
+
+
+class Run:
+    """A source and a data set of one shard; its clips are the files named."""
+
+    def __init__(self, root, *names):
+        self.media, self.root, self.attempt = root / "media", root / "shards", 0
+        self.media.mkdir()
+        self.root.mkdir()
+        self.clips = [Clip(name, f"{name}.mp4", 0.0, 2.0) for name in names]
+        self.plan = fmt.Plan(
+            plan_id="plan",
+            seed=0,
+            source={},
+            clips=(fmt.PlanSegment(0, len(names), len(names)),),
+            captions=(fmt.PlanSegment(0, 1, len(names)),),
+        )
+        self.decoded = []
+
+    def film(self, name, seed=0, sound=True, still=False, seconds=2.0):
+        count = round(25 * seconds)
+        noise = np.random.default_rng(seed).integers(0, 255, (count, 8, 8, 3), dtype=np.uint8)
+        frames = noise.repeat(8, axis=1).repeat(8, axis=2)
+        frames = frames[:1].repeat(count, axis=0) if still else frames
+        tone = 0.3 * np.sin(np.arange(round(16000 * seconds)) / (9 + seed)) if sound else None
+        write_mp4(self.media / f"{name}.mp4", frames, 25, tone, 16000)
+
+    def encode(self, *settings):
+        """Encode what lacks a commit; return modality -> (statuses of the column, messages)."""
+        config = load(EncodeConfig, None, [*SETTINGS, *settings])
+        specs = {m: spec for m, spec in column_specs(config).items() if m != "text"}
+        self.attempt += 1
+        job = Job(
+            root=str(self.root),
+            facts=facts_directory("plan", config),
+            plan_id="plan",
+            run_id=f"run{self.attempt}",
+            columns=specs,
+            media_root=str(self.media),
+            cache_dir=None,
+            cache_bytes=1_000_000,
+            decode=decode_settings(config),
+            checks=config.checks,
+            decode_timeout_s=60.0,
+            fetch_timeout_s=60.0,
+            clips_per_decoder=1000,
+            window_clips=8,
+        )
+        self.facts, self.checks = self.root / job.facts, config.checks
+        self.columns = {
+            m: fmt.Column(self.root / spec.directory, spec, "plan") for m, spec in specs.items()
+        }
+        lacking = tuple(m for m, column in self.columns.items() if not self.committed(column))
+        self.decoded, self.messages = [], {}
+        if lacking:
+            task = ShardTask(0, lacking, clips=self.clips)
+            for news in ShardEncoder(job).encode(task, self.decode_all(job)):
+                if news.event == "clip":
+                    self.messages[news.key] = news.message
+        return {m: self.statuses(column) for m, column in self.columns.items()}
+
+    def committed(self, column):
+        return column.path.exists() and 0 in column.committed_shards()
+
+    def statuses(self, column):
+        index = column.index(0, len(self.clips))
+        return [fmt.STATUSES[code] for code in index["status"]]
+
+    def decode_all(self, job):
+        def decode(clips, rows, wanted):
+            for row in reversed(rows):  # in any order
+                self.decoded.append((clips[row].key, frozenset(wanted)))
+                path = self.media / clips[row].uri
+                try:
+                    yield row, decode_clip(path, clips[row], job.decode, wanted)
+                except ClipError as error:
+                    yield row, Decoded.failed(error.status, error.message)
+
+        return decode
+
+    def fact(self, name):
+        return [row[name] for row in read_facts(self.facts, 0)]
+
+
+def test_facts_of_what_was_missing_are_measured_when_it_is_there(tmp_path):
+    """A still that came later is dropped from every column, the sound's too."""
+    run = Run(tmp_path, "a", "x")
+    run.film("a")
+    still = "checks.still=drop"
+    assert run.encode("columns=[video]", still) == {"video": ["ok", "missing"]}
+    run.film("x", still=True)
+    assert run.encode("columns=[audio]", still) == {"audio": ["ok", "still"]}
+    assert run.fact("status") == ["ok", "still"]
+    assert run.encode("columns=[video]", still) == {"video": ["ok", "missing"]}, "until asked for"
+    reopen_failed(run.columns)
+    assert run.encode("columns=[video]", still) == {"video": ["ok", "still"]}
+    assert run.fact("status") == ["ok", "still"]
+
+
+def test_clip_that_was_cut_is_encoded_when_it_is_mended(tmp_path):
+    """Also where a run was stopped right after it took the commits back."""
+    run = Run(tmp_path, "a", "x")
+    run.film("a")
+    run.film("x", seed=1)
+    whole = (run.media / "x.mp4").read_bytes()
+    (run.media / "x.mp4").write_bytes(whole[: len(whole) // 2])
+    assert run.encode()["video"] == ["ok", "truncated"]
+    (run.media / "x.mp4").write_bytes(whole)
+    reopen_failed(run.columns)
+    assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
+    assert run.fact("status") == ["ok", "ok"]
+
+
+def test_facts_of_good_clips_stay_as_they_are_and_save_decoding(tmp_path):
+    run = Run(tmp_path, "a", "still")
+    run.film("a")
+    run.film("still", still=True)
+    run.encode("columns=[video]", "checks.still=drop")
+    before = facts_path(run.facts, 0).stat().st_mtime_ns
+    assert run.encode("columns=[audio]", "checks.still=drop")["audio"] == ["ok", "still"]
+    assert run.decoded == [("a", {"audio"})]
+    assert facts_path(run.facts, 0).stat().st_mtime_ns == before
+
+
+def test_file_that_changed_between_two_columns_fails_the_second(tmp_path):
+    run = Run(tmp_path, "a", "x")
+    run.film("a")
+    run.film("x", seed=1)
+    run.encode("columns=[video]")
+    hashes = run.fact("content_hash")
+    run.film("x", seed=2)
+    assert run.encode("columns=[audio]")["audio"] == ["ok", "unreadable"]
+    assert "file changed" in run.messages["x"] and hashes[1] in run.messages["x"]
+    assert run.fact("content_hash") == hashes
+
+
+def test_what_a_codec_finds_is_no_fact(tmp_path):
+    """One latent of 16 frames needs two seconds at 8 fps; another codec encodes less."""
+    run = Run(tmp_path, "a", "short")
+    run.film("a")
+    run.film("short", seconds=1.5)
+    first = run.encode("columns=[video]", "video.codec.frames=16")
+    assert first["video"] == ["ok", "too_short"]
+    assert run.messages["short"] == "12 frames, expected 16 for one latent at least"
+    assert run.fact("status") == run.fact("video_status") == ["ok", "ok"]
+    assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
+
+
+@pytest.mark.parametrize("columns", ["columns=[video]", "columns=[video,audio]"])
+def test_films_without_sound_are_flagged_and_found_twice(tmp_path, columns):
+    run = Run(tmp_path, "a", "b", "c")
+    run.film("a", sound=False, still=True)
+    for name in ("b", "c"):
+        (run.media / f"{name}.mp4").write_bytes((run.media / "a.mp4").read_bytes())
+    run.encode(columns)
+    flagged = settle_duplicates(run.plan, run.columns, run.facts, run.checks).flagged
+    assert flagged == {"duplicate": 2, "still": 3}
+    run.encode(columns, "checks.duplicate=drop")
+    settled = settle_duplicates(run.plan, run.columns, run.facts, run.checks)
+    assert (settled.num_dropped, settled.flagged) == (2, {"still": 1})
+    assert run.statuses(run.columns["video"]) == ["ok", "duplicate", "duplicate"]
+    assert run.encode(columns, "checks.duplicate=drop")["video"][1:] == ["duplicate"] * 2
