@@ -18,7 +18,7 @@ from pipeline.sources.rows import (
     Source,
     clip_table,
     folder_keys,
-    hashed_key,
+    hashed_keys,
     in_threads,
     media_files,
     reading,
@@ -101,6 +101,8 @@ def _keyed(uris: list[str]) -> Iterator[tuple[str, str]]:
     for uri, plain in zip(uris, folder_keys(pa.array(uris, TEXT)).to_pylist(), strict=True):
         key = plain
         while key in seen:  # again where a file is named like another one's key
-            key = hashed_key(plain, f"{key} {uri}")
+            (key,) = hashed_keys(
+                pa.array([plain], TEXT), pa.array([f"{key} {uri}"], TEXT)
+            ).to_pylist()
         seen.add(key)
         yield key, uri

@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import math
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -37,6 +39,7 @@ FIELDS = ("uri", "start_s", "duration_s", "caption", "label", "split", "key")
 NUM_THREADS = 8
 REPORT_EVERY = 1000
 
+BYTES = pa.large_binary()
 TEXT = pa.large_string()  # with 32-bit offsets, a column of 100 M names would overflow
 REPEATED_TEXT = pa.dictionary(pa.int32(), TEXT)
 # The fields of ``pipeline.media.Clip``: a clip takes some 100 bytes here, 1 kB as an object.
@@ -161,14 +164,15 @@ def folder_keys(uris: pa.Array) -> pa.Array:
     stems = pc.replace_substring_regex(uris, r"(?s)^(.+)\.[^.]*$", r"\1")
     keys = pc.replace_substring_regex(stems, "[^A-Za-z0-9_-]+", "_")
     is_odd = pc.or_(pc.not_equal(keys, stems), pc.greater(pc.utf8_length(keys), 64))
-    odd = zip(keys.filter(is_odd).to_pylist(), uris.filter(is_odd).to_pylist(), strict=True)
-    hashed = pa.array([hashed_key(key, uri) for key, uri in odd], TEXT)
+    hashed = hashed_keys(keys.filter(is_odd), uris.filter(is_odd))
     return pc.replace_with_mask(keys, is_odd, hashed)
 
 
-def hashed_key(key: str, text: str, length: int = 64) -> str:
-    """Return the end of a key and 8 hex digits of a text, ``length`` + 9 characters at most."""
-    return f"{key[-length:]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+def hashed_keys(keys: pa.Array, texts: pa.Array, length: int = 64) -> pa.Array:
+    """Return the ends of keys and 8 hex digits of texts, ``length`` + 9 characters at most."""
+    digests = [hashlib.sha256(text).hexdigest()[:8] for text in texts.cast(BYTES).to_pylist()]
+    ends = pc.utf8_slice_codeunits(keys, -length)
+    return pc.binary_join_element_wise(ends, pa.array(digests, TEXT), pa.scalar("-", TEXT))
 
 
 def timed_keys(keys: pa.Array, starts_s: pa.Array) -> pa.Array:
@@ -176,10 +180,8 @@ def timed_keys(keys: pa.Array, starts_s: pa.Array) -> pa.Array:
     starts_ms = pc.round(pc.multiply(starts_s, 1000.0), round_mode="half_to_even")
     starts = pc.utf8_lpad(starts_ms.cast(pa.int64()).cast(TEXT), 9, "0")
     is_long = pc.greater(pc.add(pc.utf8_length(keys), pc.utf8_length(starts)), MAX_KEY_LENGTH - 1)
-    shorter = [
-        hashed_key(key, key, MAX_KEY_LENGTH - 20) for key in keys.filter(is_long).to_pylist()
-    ]
-    keys = pc.replace_with_mask(keys, is_long, pa.array(shorter, TEXT))
+    long = keys.filter(is_long)
+    keys = pc.replace_with_mask(keys, is_long, hashed_keys(long, long, MAX_KEY_LENGTH - 20))
     return pc.binary_join_element_wise(keys, starts, pa.scalar("_", TEXT))
 
 
@@ -201,19 +203,40 @@ def reading(what: str) -> Iterator[None]:
 
 
 def in_threads(
-    function: Callable[[Item], Result], items: Sequence[Item], what: str
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    what: str,
+    num_threads: int = NUM_THREADS,
 ) -> list[Result]:
-    """Return the function's results in the order of the items; progress of many on stderr."""
+    """Return the function's results in the order of the items; progress of many on stderr.
+
+    Where it fails or is interrupted, no thread is waited for.
+    """
+    futures = [Future[Result]() for _ in items]
+    todo = deque(zip(items, futures, strict=True))
+
+    def work() -> None:
+        while todo:
+            try:
+                item, future = todo.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                future.set_result(function(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    # Python waits at its end for the threads of an executor, which may hang.
+    for _ in range(min(num_threads, len(items))):
+        threading.Thread(target=work, daemon=True).start()
     results = []
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        try:
-            for result in pool.map(function, items):
-                results.append(result)
-                if len(results) % REPORT_EVERY == 0:
-                    sys.stderr.write(f"{len(results)} of {len(items)} {what} read\n")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    try:
+        for future in futures:
+            results.append(future.result())
+            if len(results) % REPORT_EVERY == 0:
+                sys.stderr.write(f"{len(results)} of {len(items)} {what} read\n")
+    finally:
+        todo.clear()
     return results
 
 
@@ -265,7 +288,7 @@ def check_fields(
     if bad is not None:
         raise ConfigError(f"{where(bad)}: duration_s is 0, expected more")
     for name in ("caption", "label"):
-        fields[name] = mapped(fields[name], lambda text: " ".join(text.split()))
+        fields[name] = on_one_line(fields[name])
     fields["split"] = mapped(fields["split"], lambda split: split or "train")
     bad = first_true(pc.invert(pc.match_substring_regex(fields["split"], "^[A-Za-z0-9_-]+$")))
     if bad is not None:
@@ -285,6 +308,13 @@ def first_true(mask: pa.Array) -> int | None:
     """Return the first row where a mask without nulls holds."""
     place = pc.index(mask, True).as_py()
     return None if place < 0 else place
+
+
+def on_one_line(texts: pa.Array) -> pa.Array:
+    """Return texts with one space wherever they have white space within."""
+    is_odd = pc.invert(pc.match_substring_regex(texts, "^([!-~]+( [!-~]+)*)?$"))
+    words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(texts.filter(is_odd)))
+    return pc.replace_with_mask(texts, is_odd, pc.binary_join(words, pa.scalar(" ", TEXT)))
 
 
 def mapped(texts: pa.Array, function: Callable[[str], str]) -> pa.Array:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import queue
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import pyarrow as pa
 
+from pipeline.child import ChildProcess
 from pipeline.config import EncodeConfig
 from pipeline.media import Clip, ClipError
 from pipeline.settings import ConfigError
@@ -27,6 +31,9 @@ from pipeline.sources.rows import (
 )
 from pipeline.storage import MediaStore
 from pipeline.tables import pc
+
+# Processes that measure media, one file each at a time; 100 MB each.
+NUM_CHILDREN = 4
 
 
 def check_template(template: str) -> list[tuple[str, bool]]:
@@ -115,15 +122,34 @@ def num_windows(length_s: float, config: EncodeConfig) -> int:
 
 def _lengths(root: str, uris: list[str], config: EncodeConfig) -> dict[str, float]:
     """Measure the media of each uri, in seconds; 0 where that fails: decoding will say why."""
-    from pipeline.demux import media_length  # libav, which plans without windows don't need
-
     store = MediaStore(root, config.cache_dir, int(config.cache_gb * 1e9))
+    timeout_s = config.decode_timeout_s
+    timeout_s += config.fetch_timeout_s if any(map(store.is_copied, uris)) else 0.0
+    free = queue.SimpleQueue[ChildProcess]()
 
     def length_s(uri: str) -> float:
+        child = free.get()
         try:
-            with store.local(uri) as path:
-                return media_length(path)
+            return child.call(uri)
         except ClipError:
             return 0.0
+        finally:
+            free.put(child)
 
-    return dict(zip(uris, in_threads(length_s, uris, "lengths"), strict=True))
+    with contextlib.ExitStack() as children:
+        for _ in range(NUM_CHILDREN):
+            child = ChildProcess(partial(_load_measure, store), timeout_s)
+            free.put(children.enter_context(child))
+        lengths = in_threads(length_s, uris, "lengths", NUM_CHILDREN)
+    return dict(zip(uris, lengths, strict=True))
+
+
+def _load_measure(store: MediaStore) -> Callable[[str], float]:
+    """Return the function from a uri to seconds of media; runs in a child, which may hang."""
+    from pipeline.demux import media_length  # libav, which the parent doesn't need
+
+    def length_s(uri: str) -> float:
+        with store.local(uri) as path:
+            return media_length(path)
+
+    return length_s

@@ -31,7 +31,7 @@ from pipeline.sources.rows import (
     clip_batch,
     first_repeat,
     folder_keys,
-    hashed_key,
+    hashed_keys,
     in_threads,
     reading,
     versions,
@@ -83,12 +83,11 @@ def _read_tars(folder: Folder, tars: list[str], num_skipped: int) -> Listing:
     shared = uses.field("values").filter(pc.greater(uses.field("counts"), 1))
 
     def named_apart(clips: pa.Table, tar: str) -> pa.Table:
-        is_shared = pc.is_in(clips["key"], shared).to_pylist()
-        told = [
-            hashed_key(key, f"{tar}/{key}") if again else key
-            for key, again in zip(clips["key"].to_pylist(), is_shared, strict=True)
-        ]
-        return clips.set_column(0, "key", pa.array(told, TEXT))
+        keys = clips["key"].combine_chunks()
+        is_shared = pc.is_in(keys, shared)
+        names = pc.binary_join_element_wise(tar, keys.filter(is_shared), pa.scalar("/", TEXT))
+        told = hashed_keys(keys.filter(is_shared), names)
+        return clips.set_column(0, "key", pc.replace_with_mask(keys, is_shared, told))
 
     clips = [listing.clips for listing in listed]
     if len(shared):

@@ -64,7 +64,10 @@ def s3_server(folder):
 
 
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
-    """Files with ranges of bytes; the next ``failing`` GETs are answered with an error."""
+    """Files with ranges of bytes; the next ``failing`` GETs are answered with an error.
+
+    Where ``stalled`` is an event, the first range of bytes sets it and never comes.
+    """
 
     def log_message(self, *_):
         pass
@@ -78,6 +81,10 @@ class RangeHandler(http.server.SimpleHTTPRequestHandler):
         wanted, path = self.headers.get("Range"), Path(self.translate_path(self.path))
         if not wanted or not self.server.has_ranges or not path.is_file():
             super().do_GET()
+            return
+        if self.server.stalled:
+            self.server.stalled.set()
+            self.server.released.wait()
             return
         first, last = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
         data = path.read_bytes()[first : last + 1]
@@ -93,11 +100,13 @@ def http_server(folder, has_ranges=True):
     handler = functools.partial(RangeHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.has_ranges, server.failing, server.requests = has_ranges, 0, []
+        server.stalled, server.released = None, threading.Event()
         server.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         try:
             yield server
         finally:
+            server.released.set()
             server.shutdown()
             thread.join()

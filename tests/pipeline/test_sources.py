@@ -2,6 +2,10 @@
 
 import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,6 +20,7 @@ from pipeline.sources import MEDIA_SUFFIXES, open_source
 from pipeline.sources.rows import TEXT, folder_keys
 from pipeline.sources.spans import num_windows
 from tests.pipeline.listed import read
+from tests.pipeline.servers import http_server
 
 
 def put(root, *names, content="x"):
@@ -397,6 +402,34 @@ def test_files_are_cut_into_windows_and_one_that_cannot_be_measured_stays(tmp_pa
     }  # fmt: skip
     assert {c.caption for c in clips if c.uri == "film.mp4"} == {"A dog barks."}
     assert len({check_key(clip.key) for clip in clips}) == len(clips)
+
+
+def test_file_that_takes_too_long_to_measure_is_one_clip(tmp_path, shared_clips):
+    film = min((shared_clips / "folders" / "dog").glob("*.mp4"))
+    (tmp_path / "film.mp4").write_bytes(film.read_bytes())
+    clips = listed(tmp_path, windows={"seconds": 4}, decode_timeout_s=1e-9).clips
+    assert [(clip.key, clip.start_s) for clip in clips] == [("film_000000000", 0.0)]
+
+
+def test_ctrl_c_ends_the_measuring_of_a_file_that_hangs(tmp_path, monkeypatch):
+    """The server sends no end of the film; whoever waits for it must not be waited for."""
+    put(tmp_path / "in", "film.mp4")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    program = (
+        "from pipeline.sources import open_source; from pipeline.config import EncodeConfig\n"
+        "if __name__ == '__main__':\n"
+        "    config = EncodeConfig(windows={'seconds': 4})\n"
+        "    open_source(sys.argv[1], config).read()\n"
+    )
+    (tmp_path / "program.py").write_text("import sys\n" + program)
+    with http_server(tmp_path / "in") as server:
+        server.stalled = threading.Event()
+        command = [sys.executable, tmp_path / "program.py", server.url]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+        assert server.stalled.wait(60)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert errors.count(b"KeyboardInterrupt") == 1 and process.returncode
 
 
 def test_files_of_vggsound_are_cut_already(shared_clips):
