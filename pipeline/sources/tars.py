@@ -85,7 +85,9 @@ def _read_tars(folder: Folder, tars: list[str], num_skipped: int) -> Listing:
     def named_apart(clips: pa.Table, tar: str) -> pa.Table:
         keys = clips["key"].combine_chunks()
         is_shared = pc.is_in(keys, shared)
-        names = pc.binary_join_element_wise(tar, keys.filter(is_shared), pa.scalar("/", TEXT))
+        names = pc.binary_join_element_wise(
+            pa.scalar(tar, TEXT), keys.filter(is_shared), pa.scalar("/", TEXT)
+        )
         told = hashed_keys(keys.filter(is_shared), names)
         return clips.set_column(0, "key", pc.replace_with_mask(keys, is_shared, told))
 

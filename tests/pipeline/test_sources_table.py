@@ -129,6 +129,14 @@ def test_same_clip_twice_names_both_rows(tmp_path):
         listed(path)
 
 
+def test_captions_are_on_one_line_whatever_white_space_they_hold(tmp_path):
+    white = [chr(c) for c in range(1, 0x3100) if chr(c).isspace()]
+    captions = [*(f"{w}a{w}{w}b {w}c" for w in white), "ä  犬", "", " ", "a b", "a  b"]
+    rows = [{"uri": f"{n}.mp4", "caption": caption} for n, caption in enumerate(captions)]
+    found = [clip.caption for clip in listed(write(tmp_path / "t.jsonl", rows)).clips]
+    assert found == [" ".join(caption.split()) for caption in captions]
+
+
 def test_media_may_be_elsewhere_and_named_in_full(tmp_path):
     (tmp_path / "lists").mkdir()
     (tmp_path / "media").mkdir()
