@@ -38,7 +38,7 @@ class CellError(Exception):
 
 
 # Blocks from this size on go back to the system when they are freed; by default glibc raises the
-# limit to the size of the frames. Peak at 1080p without Ray's shared memory: 376 MB, not 394; 300
+# limit to the size of the frames. Peak at 1080p without Ray's shared memory: 394 MB, not 413; 315
 # of them are torch, Ray and pyarrow, loaded.
 DECODER_ENVIRONMENT = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
 
