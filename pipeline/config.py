@@ -86,7 +86,10 @@ class VideoSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AudioSettings:
-    """Sound: PCM at ``sample_rate`` Hz, averaged to one channel or kept as two."""
+    """Sound: PCM at ``sample_rate`` Hz, averaged to one channel or kept as two.
+
+    Surround sound becomes two by averaging the channels of each side with the centre.
+    """
 
     sample_rate: int = Field(default=16000, ge=4000, le=192000)
     channels: Literal[1, 2] = 1

@@ -25,7 +25,7 @@ from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.duplicates import settle_duplicates
 from pipeline.files import write_json
 from pipeline.jobs import Job, ShardTask
-from pipeline.plan import ensure_plan
+from pipeline.plan import ensure_plan, extend_plan
 from pipeline.plan_table import PlanTable
 from pipeline.report import RunReport, column_totals, failures, print_table
 from pipeline.settings import ConfigError, dump, load
@@ -41,7 +41,9 @@ def main() -> None:
     """Parse the command line, encode, and turn expected errors into one line and exit 1."""
     arguments, config = parse(sys.argv[1:])
     try:
-        failure = encode(arguments.src, Path(arguments.out), config, arguments.retry_failed)
+        failure = encode(
+            arguments.src, Path(arguments.out), config, arguments.retry_failed, arguments.extend
+        )
     except KeyboardInterrupt:
         print(
             f"\nstopped; committed shards are safe. Go on with: {command_line()}", file=sys.stderr
@@ -82,6 +84,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
         help="encode shards that hold failed clips again; silent, still, low_fps and duplicate "
         "clips that a check dropped are no failures, here and in max_failed_share",
     )
+    parser.add_argument(
+        "--extend",
+        action="store_true",
+        help="append clips that are new in the source to the plan, as shards of their own",
+    )
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, dotted names")
     arguments = parser.parse_intermixed_args(argv)
     if re.search(r"[\ud800-\udfff]", arguments.out):
@@ -97,7 +104,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, EncodeConfig]:
         sys.exit(f"error: {error}")
 
 
-def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False) -> str | None:
+def encode(
+    src: str, out: Path, config: EncodeConfig, retry_failed: bool = False, extend: bool = False
+) -> str | None:
     """Encode what of the plan is not committed yet.
 
     Args:
@@ -105,6 +114,7 @@ def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False
         out: the data set's folder.
         config: settings.
         retry_failed: whether shards with failed clips count as not committed.
+        extend: whether clips that the plan lacks are appended to it.
 
     Returns:
         None, or why the run counts as failed although it ended.
@@ -117,7 +127,7 @@ def encode(src: str, out: Path, config: EncodeConfig, retry_failed: bool = False
     source = open_source(src, config)
     refuse_out_in_source(src, out, source)
     specs = column_specs(config)  # before anything is written: the settings must be possible
-    plan = ensure_plan(out, source, config)
+    plan = (extend_plan if extend else ensure_plan)(out, source, config)
     columns = {m: create_column(out, spec, plan.plan_id) for m, spec in specs.items()}
     if "text" in columns:
         copy_captions(out, plan, columns["text"].path)

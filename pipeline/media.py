@@ -58,7 +58,8 @@ class DecodeSettings:
         fit: "crop" fills the size and cuts what is over; "pad" shows all, black around it.
         decoder: "pyav", or "decord" where its frames can be trusted.
         sample_rate: PCM rate in Hz.
-        channels: 1 averages all channels; 2 keeps stereo and doubles mono.
+        channels: 1 averages all channels; 2 keeps stereo, doubles mono, and averages those of
+            surround sound on each side with the centre.
     """
 
     fps: float

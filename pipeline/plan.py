@@ -155,7 +155,7 @@ def _check_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
     raise ConfigError(
         f"--out {root} holds plan {plan.plan_id} of {plan.source.get('root')}, this run would "
         f"make plan {_plan_id(clips_hash, config)}: {what}. Use another --out, or the settings of "
-        "that plan"
+        "that plan; --extend appends clips that are new"
     )
 
 

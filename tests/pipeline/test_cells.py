@@ -329,6 +329,7 @@ def test_real_decoder_decodes_members_of_a_tar(make_pool, tmp_path):
     assert decoded[0].frames.shape == (16, 64, 64, 3)
 
 
+@pytest.mark.slow
 def test_decoder_of_1080p_stays_small(make_pool, tmp_path, tmp_path_factory):
     film = tmp_path_factory.getbasetemp() / "1080p.mp4"
     if not film.exists():

@@ -22,6 +22,8 @@ from pipeline import format as fmt
 from pipeline.encode import parse
 from pipeline.mux import write_mp4
 from pipeline.plan_table import PlanTable
+from train.config import DataConfig
+from train.data.view import open_view
 
 SETTINGS = ["shard_size=4", "video.size=64", "video.fps=16", "clip.seconds=2", "decoders=1"]
 RUN_TIMEOUT_S = 180
@@ -492,3 +494,23 @@ def test_every_hard_clip_ends_with_a_typed_status(shared_clips, tmp_path):
         assert row["status"] in fmt.STATUSES
         assert bool(row["message"]) == (row["status"] != "ok"), row["key"]
         assert row["status"] not in ("decode_timeout", "decode_crash"), row["key"]
+
+
+def test_new_clips_are_appended_and_nothing_moves(clips, dataset, tmp_path):
+    src, out = tmp_path / "clips", tmp_path / "shards"
+    shutil.copytree(clips, src)
+    shutil.copytree(dataset, out)
+    before = payload_hashes(out)
+    (src / "new.mp4").write_bytes((clips / "clip-000001.mp4").read_bytes())
+    (src / "new.txt").write_text("a caption that is new")
+    refused = encode(src, out)
+    assert refused.returncode == 1 and "--extend appends" in refused.stderr
+    done = encode(src, out, "--extend")
+    assert done.returncode == 0, done.stderr
+    after = payload_hashes(out)
+    assert {name: after[name] for name in before} == before
+    assert len(after) == len(before) + 6  # a shard of video, of audio and of text
+    again = encode(src, out)
+    assert again.returncode == 0 and " 0 shards to encode" in again.stderr
+    view = open_view(out, DataConfig(root=str(out), seconds=1.0, missing="drop"))
+    assert "new" in view.clips.keys

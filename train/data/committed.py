@@ -42,6 +42,7 @@ def read_plan_rows(root: Path, plan: Plan) -> PlanRows:
     path = root / "plan.parquet"
     try:
         table = pq.read_table(path, columns=["shard", "row", "key", "split", "text_row"])
+        table = table.slice(0, plan.num_clips)  # an extension that was stopped may stand behind it
     except (OSError, pa.ArrowException) as error:
         raise FormatError(f"{path} can't be read ({error}); restore it, or encode again") from None
     rows_per_shard = plan.shard_rows()
