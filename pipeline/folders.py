@@ -20,8 +20,12 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 MEMBER = re.compile(
     r"(?P<tar>.+?\.tar)#(?P<offset>\d{1,18})\+(?P<size>\d{1,18})/.+", re.IGNORECASE | re.DOTALL
 )
-# A name and a password before an @; a port is none. AWS secrets may hold slashes.
-PASSWORD = re.compile(r"[^/@]*:(?!\d+(/|$))[^@]*@")
+# What looks like a URL to its writer, and like a relative path otherwise.
+BROKEN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:[:/]")
+# A name and a password before an @. Secrets may hold slashes, so `host:80/a@b` can't be told apart.
+PASSWORD = re.compile(r"[^/@]*:[^@]*@")
+# Longer ones are no file's on Linux.
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
 
 class UriError(ValueError):
@@ -32,18 +36,29 @@ def normal_root(address: str) -> str:
     """Return an absolute path, or a URL without a slash at its end.
 
     Raises:
-        ConfigError: the URL holds a password or a query, which would be written into the plan.
+        ConfigError: the URL holds a password or a query, which would be written into the plan; it
+            is broken or not UTF-8.
     """
+    try:
+        address.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{address!a} is not UTF-8, which plans are; rename it") from None
     if not URL.match(address):
+        if found := BROKEN_URL.match(address):
+            raise ConfigError(
+                f"an address that begins with {found[0]} is refused: expected a URL such as "
+                "https://host/folder, one scheme and no chain; or ./ before a folder's name"
+            )
         return os.path.abspath(address)  # noqa: PTH100 (links stay)
     scheme, _, rest = address.partition("://")
     scheme = scheme.lower()
-    if PASSWORD.match(rest):
+    is_token = scheme in ("http", "https") and "@" in rest.partition("/")[0]
+    if PASSWORD.match(rest) or is_token:
         host = re.split("[/?#]", rest.rpartition("@")[2])[0]
         raise ConfigError(
             f"a URL of {scheme}://…@{host} holds a password, which would be written into the plan; "
             "take it out and give it by the environment (AWS_ACCESS_KEY_ID, FSSPEC_S3_KEY, …) or "
-            "in ~/.config/fsspec/*.json"
+            "in ~/.config/fsspec/*.json; an @ in a path of http is written %40"
         )
     plain = re.split("[?#]|::", re.sub(r"^\[[0-9A-Fa-f:]*\]", "", rest))
     if len(plain) > 1:
@@ -74,13 +89,13 @@ def check_uri(uri: str, strict: bool = True) -> str:
     """
     parts = uri.split("/")
     if not uri or "\0" in uri:
-        raise UriError(f"{uri!r} is no path")
+        raise UriError(f"{uri!r:.80} is no path")
     if uri.startswith("/") or URL.match(uri):
-        raise UriError(f"{uri!r} is not below the folder of the media")
+        raise UriError(f"{uri!r:.80} is not below the folder of the media")
     if ".." in parts or "." in parts or "" in parts:
-        raise UriError(f"{uri!r} has a part that is '..', '.' or empty")
+        raise UriError(f"{uri!r:.80} has a part that is '..', '.' or empty")
     if strict and (re.match("[A-Za-z]:", uri) or re.search(r"[\\\x00-\x1f\x7f]", uri)):
-        raise UriError(f"{uri!r} has a drive letter, a backslash or a control character")
+        raise UriError(f"{uri!r:.80} has a drive letter, a backslash or a control character")
     return uri
 
 
@@ -91,16 +106,29 @@ def uri_below(root: str, address: str) -> str:
         UriError: it is not below the root, or could lead out of it.
     """
     if not URL.match(address) and not address.startswith("/"):
-        return check_uri(address)
+        return _of_possible_length(check_uri(address), root)
     try:
         path = normal_root(address) if URL.match(address) else address
     except ConfigError as error:
         raise UriError(str(error)) from None
     folder = root.rstrip("/") + "/"
     if ".." in address.split("/") or not path.startswith(folder):
-        raise UriError(f"{address!r} is not below {root}, the folder of the media")
+        raise UriError(f"{address!r:.80} is not below {root}, the folder of the media")
     uri = path[len(folder) :]
-    return check_uri(unquote(uri) if root.startswith("http") else uri)
+    uri = check_uri(unquote(uri) if root.startswith("http") else uri)
+    return _of_possible_length(uri, root)
+
+
+def _of_possible_length(uri: str, root: str) -> str:
+    """Return a uri that a file may have; object stores have names of any length."""
+    file = file_of(uri).encode(errors="surrogatepass")
+    longest = max(map(len, file.split(b"/")))
+    if not URL.match(root) and (longest > MAX_NAME_BYTES or len(file) > MAX_PATH_BYTES):
+        raise UriError(
+            f"{uri!r:.80}… has {len(file)} bytes, expected {MAX_PATH_BYTES} at most, and "
+            f"{MAX_NAME_BYTES} between slashes"
+        )
+    return uri
 
 
 def is_hidden(uri: str) -> bool:
@@ -150,7 +178,7 @@ class LocalFolder:
         """
         path = Path(self.root, check_uri(uri, strict=False))
         if not os.path.realpath(path).startswith(self._real_root):
-            raise UriError(f"{uri!r} is a link that leads out of {self.root}")
+            raise UriError(f"{uri!r:.80} is a link that leads out of {self.root}")
         return path
 
     def stat(self, uri: str) -> FileStat:

@@ -45,6 +45,8 @@ VERSION_FIELDS = frozenset(
 PAUSES_S = (0.5, 1.0)
 # Decoders must stay small: what one request brings is held in memory.
 REQUEST_BYTES = 8 << 20
+# Of folders in index pages: some servers answer whatever path with the same page.
+MAX_PAGE_DEPTH = 32
 
 Result = TypeVar("Result")
 
@@ -52,7 +54,7 @@ Result = TypeVar("Result")
 def scrubbed(error: BaseException) -> str:
     """Return an error's first line, without the credentials that a URL in it may hold."""
     line = next(iter(str(error).splitlines()), "")
-    return re.sub(r"//[^/@\s]*@", "//", f"{type(error).__name__}: {line}"[:300])
+    return re.sub(r"//[^@\s]*@", "//", f"{type(error).__name__}: {line}"[:300])
 
 
 def attempt(call: Callable[[], Result]) -> Result:
@@ -81,7 +83,7 @@ class RemoteFolder:
         root: the URL, see ``pipeline.folders.normal_root``.
 
     Raises:
-        ConfigError: no package is installed for such URLs.
+        ConfigError: no package is installed for such URLs, or no server answers.
     """
 
     def __init__(self, root: str) -> None:
@@ -92,6 +94,11 @@ class RemoteFolder:
             raise ConfigError(
                 f"{root} can't be opened: {scrubbed(error)}. For s3:// install the extra: "
                 "pip install 'av-latents[s3]'; for others the package that fsspec names"
+            ) from None
+        except Exception as error:  # some connect at once, with exceptions of their own
+            raise ConfigError(
+                f"{root} can't be opened: {scrubbed(error)}; expected a server that answers: is "
+                "the address right, and the network up?"
             ) from None
 
     def _full(self, uri: str) -> str:
@@ -150,7 +157,16 @@ class RemoteFolder:
         Raises:
             OSError: the network fails, or the URL can't be listed.
         """
-        found = attempt(lambda: self._files.find(self._path))
+        if self.root.startswith("http"):
+            found, deepest = attempt(self._walk_pages)
+            if deepest.count("/") - self._path.count("/") > MAX_PAGE_DEPTH:
+                raise OSError(
+                    f"pages link to folders in folders without end, such as …{deepest[-80:]}; "
+                    f"expected {MAX_PAGE_DEPTH} levels at most: name a folder further down, or "
+                    "list the files in a table"
+                )
+        else:
+            found = attempt(lambda: self._files.find(self._path))
         root = self._path.rstrip("/") + "/"
         uris = [name.removeprefix(root) for name in found if name.startswith(root)]
         uris = [uri for uri in uris if uri and not uri.endswith("/")]
@@ -158,6 +174,16 @@ class RemoteFolder:
             uris = [unquote(uri) for uri in uris if "?" not in uri]
         kept = [uri for uri in uris if not is_hidden(uri) and _is_plain(uri)]
         return sorted(kept), len(uris) - len(kept)
+
+    def _walk_pages(self) -> tuple[list[str], str]:
+        """Return the files that index pages link to, and the deepest folder; stops too deep."""
+        found, deepest = [], self._path
+        for folder, _, files in self._files.walk(self._path, detail=True):
+            found += [info["name"] for info in files.values()]
+            deepest = max(deepest, folder, key=lambda name: name.count("/"))
+            if deepest.count("/") - self._path.count("/") > MAX_PAGE_DEPTH:
+                break
+        return found, deepest
 
 
 def _is_plain(uri: str) -> bool:
@@ -297,7 +323,7 @@ class MediaStore:
         return self.cache.held(self._cache_name(uri, stat), size, fetch)
 
     def _cache_name(self, uri: str, stat: FileStat) -> str:
-        """Name a copy by what decides its bytes; with the suffix, by which libav guesses formats.
+        """Name a copy by what decides its bytes; the suffix is for decord, which opens it by name.
 
         The boot counts too: copies aren't synced to the disk, a crash may leave them empty.
         """

@@ -20,6 +20,7 @@ from pipeline.sources.rows import (
     MEDIA_SUFFIXES,
     Listing,
     Source,
+    check_names,
     clip_table,
     clips_of,
     media_files,
@@ -90,7 +91,7 @@ def _locate(src: str) -> tuple[str, str]:
 def _list_file(root: str, name: str, config: EncodeConfig) -> Source:
     folder = open_folder(root)
     if isinstance(folder, LocalFolder):  # a link that the user names may lead anywhere
-        real = Path(root, name).resolve()
+        real = Path(normal_root(str(Path(root, name).resolve())))
         folder, name = LocalFolder(str(real.parent)), real.name
     if suffix_of(name) not in TABLE_SUFFIXES | {".tar"}:
         raise ConfigError(
@@ -121,6 +122,7 @@ def _list_folder(root: str, config: EncodeConfig) -> Source:
         _refuse_media_setting(config)
         files, num_skipped = folder.list_files()
     tars = [uri for uri in files if suffix_of(uri) == ".tar"]
+    check_names(tars, root)
     media = media_files(files, root)
     if tars and media:
         raise ConfigError(

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from pipeline.folders import LocalFolder, UriError
+from pipeline.folders import LocalFolder, UriError, file_of
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
 from pipeline.storage import Folder
@@ -144,15 +144,29 @@ def media_files(files: list[str], root: str) -> list[str]:
     """Return those of a listing that are media.
 
     Raises:
-        ConfigError: a name is not UTF-8, which plans are.
+        ConfigError: see ``check_names``.
     """
     media = [uri for uri in files if suffix_of(uri) in MEDIA_SUFFIXES]
-    for uri in media:
+    check_names(media, root)
+    return media
+
+
+def check_names(uris: list[str], root: str) -> None:
+    """Refuse files of a listing that a plan can't name.
+
+    Raises:
+        ConfigError: a name is not UTF-8, which plans are, or means a member of a tar.
+    """
+    for uri in uris:
         try:
             uri.encode()
         except UnicodeEncodeError:
             raise ConfigError(f"file name {uri!a} in {root} is not UTF-8; rename it") from None
-    return media
+        if file_of(uri) != uri:
+            raise ConfigError(
+                f"file name {uri!r:.80} in {root} reads as a member of the tar {file_of(uri)!r:.80}"
+                "; rename its folder"
+            )
 
 
 def folder_keys(uris: pa.Array) -> pa.Array:
@@ -293,13 +307,13 @@ def check_fields(
     bad = first_true(pc.invert(pc.match_substring_regex(fields["split"], "^[A-Za-z0-9_-]+$")))
     if bad is not None:
         split = fields["split"][bad].as_py()
-        raise ConfigError(f"{where(bad)}: split {split!r} is no name such as train or test")
+        raise ConfigError(f"{where(bad)}: split {split!r:.80} is no name such as train or test")
     pattern = f"^[A-Za-z0-9_-]{{0,{MAX_KEY_LENGTH}}}$"
     bad = first_true(pc.invert(pc.match_substring_regex(fields["key"], pattern)))
     if bad is not None:
         raise ConfigError(
-            f"{where(bad)}: key {fields['key'][bad].as_py()!r}, expected letters, digits, _ and -, "
-            f"at most {MAX_KEY_LENGTH} of them"
+            f"{where(bad)}: key {fields['key'][bad].as_py()!r:.80}, expected letters, digits, _ "
+            f"and -, at most {MAX_KEY_LENGTH} of them"
         )
     return fields
 

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.folders import UriError, file_of, uri_below
+from pipeline.folders import MAX_NAME_BYTES, UriError, file_of, uri_below
 from pipeline.settings import ConfigError
 from pipeline.sources.rows import (
     CHUNK_ROWS,
@@ -117,7 +117,7 @@ def read_table(lists: Folder, name: str, media: Folder) -> Listing:
             "or tell them apart by a column `key`"
         )
     if unknown:
-        names = ", ".join(sorted(map(repr, unknown)))
+        names = f"{', '.join(sorted(map(repr, unknown))):.800}"
         sys.stderr.write(f"{path}: columns ignored: {names}; known are {', '.join(FIELDS)}\n")
     return Listing(clips)
 
@@ -130,7 +130,7 @@ def _clips(chunk: Chunk, links: OutwardLinks) -> pa.RecordBatch:
     uris = _uris_below(links.media, fields["uri"], chunk)
     bad = links.first(uris)
     if bad is not None:
-        error = f"{uris[bad].as_py()!r} is a link that leads out of {links.media.root}"
+        error = f"{uris[bad].as_py()!r:.80} is a link that leads out of {links.media.root}"
         raise ConfigError(_refusal(chunk, bad, error))
     starts_s = fields["start_s"].fill_null(0.0)
     keys = folder_keys(uris)
@@ -150,6 +150,7 @@ def _clips(chunk: Chunk, links: OutwardLinks) -> pa.RecordBatch:
 def _uris_below(media: Folder, addresses: pa.Array, chunk: Chunk) -> pa.Array:
     """Return uris of what rows name: uris, or paths and URLs below the folder of the media."""
     is_plain = pc.match_substring_regex(addresses, PLAIN_URI)
+    is_plain = pc.and_(is_plain, pc.less_equal(pc.utf8_length(addresses), MAX_NAME_BYTES))
     if first_true(pc.invert(is_plain)) is None:
         return addresses
     uris = addresses.to_pylist()
@@ -221,12 +222,13 @@ def csv_rows(folder: Folder, name: str) -> Iterator[tuple[str, list[str]]]:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
             rows = csv.reader(text, strict=True)
             for row in rows:
-                yield f"{path} line {line}", row
+                if row:  # else a blank line
+                    yield f"{path} line {line}", row
                 line = rows.line_num + 1
     except csv.Error as error:
         raise ConfigError(
-            f"{path} line {line} can't be read as csv: {error} (a quote that opens there may not "
-            "be closed)"
+            f"{path} line {line} can't be read as csv: {error}; expected quotes that are closed, "
+            f"and cells of {csv.field_size_limit()} characters at most"
         ) from None
     except UnicodeDecodeError as error:
         line = _line_that_is_no_text(folder, name)
@@ -255,7 +257,7 @@ def _read_csv(lists: Folder, name: str) -> Iterator[Chunk]:
     path = where.rpartition(" line ")[0]
     names = [cell.strip() for cell in header]
     if len(set(names)) < len(names):
-        raise ConfigError(f"{where}: a column is there twice in {','.join(names)!r}")
+        raise ConfigError(f"{where}: a column is there twice in {','.join(names)!r:.80}")
     while part := list(islice(rows, CHUNK_ROWS)):
         for where, cells in part:
             if len(cells) != len(names):
@@ -299,6 +301,14 @@ def _read_jsonl(lists: Folder, name: str) -> Iterator[Chunk]:
             yield Chunk(path, numbers, columns, frozenset().union(*rows))
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{max(names, key=names.count)!r:.80} is there twice")
+    return value
+
+
 def json_object(data: bytes, where: str) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -306,12 +316,23 @@ def json_object(data: bytes, where: str) -> dict[str, Any]:
         ConfigError: it is none.
     """
     try:
-        value = json.loads(data.decode())
+        value = json.loads(data.decode(), object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: expected a JSON object, {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _check_type(where: str, name: str, kind: pa.DataType) -> None:
+    """Refuse a column's type: not all values of it can even be shown."""
+    inner = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if name.endswith("_s"):
+        is_good, wanted = pa.types.is_integer(kind) or pa.types.is_floating(kind), "numbers"
+    else:
+        is_good, wanted = pa.types.is_string(inner) or pa.types.is_large_string(inner), "texts"
+    if not is_good and not pa.types.is_null(kind):
+        raise ConfigError(f"{where} is of type {kind}, expected {wanted}")
 
 
 def _read_parquet(lists: Folder, name: str) -> Iterator[Chunk]:
@@ -321,8 +342,13 @@ def _read_parquet(lists: Folder, name: str) -> Iterator[Chunk]:
         with reading(path), lists.open(name) as opened, pq.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             if names.count("uri") != 1:
-                raise ConfigError(f"{path}: expected one column uri among {', '.join(names)}")
+                raise ConfigError(f"{path}: expected one column uri among {', '.join(names):.800}")
             known = [name for name in names if name in FIELDS]
+            if len(set(known)) < len(known):
+                twice = max(known, key=known.count)
+                raise ConfigError(f"{path}: the column {twice} is there twice; remove one")
+            for name in known:
+                _check_type(f"{path}: column {name}", name, file.schema_arrow.field(name).type)
             for batch in file.iter_batches(CHUNK_ROWS, columns=known):
                 batch.validate(full=True)  # such as texts that are no UTF-8
                 numbers = np.arange(number, number + len(batch)) + 1

@@ -44,7 +44,10 @@ MAX_SIDECAR_BYTES = 16 << 20
 # Brings a member's header, the captions before it and the header after it in one request.
 REQUEST_BYTES = 1 << 16
 # What tarfile raises on damage, beside its own errors.
-DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, MemoryError)
+DAMAGE = (
+    *(tarfile.TarError, EOFError, ValueError, OverflowError, LookupError, MemoryError),
+    RecursionError,  # of thousands of headers for one member
+)
 # A member, and its content if it is a text.
 Member = tuple[tarfile.TarInfo, bytes | None]
 JSON_FIELDS = ("start_s", "duration_s", "caption", "label", "split")
@@ -111,7 +114,13 @@ def _tar_clips(folder: Folder, tar: str) -> Listing:
             if not sample or not media:
                 continue
             if len(media) > 1:
-                raise ConfigError(f"{where} sample {sample!r} has {len(media)} media, expected one")
+                raise ConfigError(
+                    f"{where} sample {sample!r:.80} has {len(media)} media, expected one"
+                )
+            suffixes = [suffix for suffix, _ in members]
+            if len(set(suffixes)) < len(suffixes):
+                twice = max(suffixes, key=suffixes.count)
+                raise ConfigError(f"{where} sample {sample!r:.80} has two members {twice:.80}")
             uri = f"{tar}#{media[0].offset_data}+{media[0].size}/{media[0].name}"
             samples.append(_sample(sample, uri, texts, where))
             num_used += 1 + len(texts)
@@ -131,7 +140,8 @@ def _samples(
     for sample, group in groupby(named, itemgetter(0)):
         if sample and sample in seen:
             raise ConfigError(
-                f"{where} sample {sample!r} is there twice, or other members are in the midst of it"
+                f"{where} sample {sample!r:.80} is there twice, or other members are in the midst "
+                "of it"
             )
         seen.add(sample)
         yield sample, [(suffix, member) for _, suffix, member in group]
@@ -204,7 +214,7 @@ def _members(file: BinaryIO, where: str) -> Iterator[Member]:
 
 
 def _check_member(member: tarfile.TarInfo, where: str) -> None:
-    name = f"{where} member {member.name!a}"
+    name = f"{where} member {member.name!a:.80}"
     if not member.isreg() or member.issparse():
         raise ConfigError(f"{name}: refused, it is no plain file but a link, a device or sparse")
     try:
@@ -220,7 +230,7 @@ def _sidecar(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> bytes
         return None
     if member.size > MAX_SIDECAR_BYTES:
         raise ConfigError(
-            f"{where} member {member.name!r}: {member.size} bytes of text, expected "
+            f"{where} member {member.name!r:.80}: {member.size} bytes of text, expected "
             f"{MAX_SIDECAR_BYTES} at most"
         )
     opened = tar.extractfile(member)

@@ -24,19 +24,29 @@ def vggsound_source(lists: Folder, name: str, media: Folder, config: EncodeConfi
 
     Raises:
         ConfigError: the media can't be listed. On reading: a row that is none, a clip that is there
-            twice, nothing at all.
+            twice or has two files, nothing at all.
     """
     with reading(f"media folder {media.root}"):
         found, _ = media.list_files()
     found = media_files(found, media.root)
-    files = {uri.rpartition("/")[2].rpartition(".")[0]: uri for uri in found}
+    files: dict[str, str] = {}
+    twins: dict[str, str] = {}
+    for uri in found:
+        stem = uri.rpartition("/")[2].rpartition(".")[0]
+        (twins if stem in files else files)[stem] = uri
 
     def read() -> Listing:
         clips = clip_table(_clips(lists, name, files, config))
         if not len(clips):
             raise ConfigError(f"{lists.root}/{name} has no row; {WANTED}")
+        for key in clips["key"].to_pylist() if twins else ():
+            if key in twins:
+                raise ConfigError(
+                    f"media folder {media.root}: {files[key]} and {twins[key]} are both named like "
+                    f"the clip {key} of {name}; remove or rename one"
+                )
         num_found = len(files.keys() & set(clips["key"].to_pylist()))
-        return Listing(clips, len(files) - num_found)
+        return Listing(clips, len(found) - num_found)
 
     state = fmt.canonical_json([content_hash(lists, name), found])
     return Source("vggsound", media.root, state, read)
@@ -55,16 +65,16 @@ def _clips(lists: Folder, name: str, files: dict[str, str], config: EncodeConfig
 def _clip(row: list[str], where: str, files: dict[str, str], config: EncodeConfig) -> Clip:
     if len(row) != 4:
         raise ConfigError(
-            f"{where}: {len(row)} fields in {','.join(row)!r}, {WANTED}; other tables have a "
+            f"{where}: {len(row)} fields in {','.join(row)!r:.80}, {WANTED}; other tables have a "
             "header with the column uri"
         )
     identity, start, label, split = (cell.strip() for cell in row)
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", identity):
-        raise ConfigError(f"{where}: id {identity!r} is no YouTube id, {WANTED}")
+        raise ConfigError(f"{where}: id {identity!r:.80} is no YouTube id, {WANTED}")
     if not re.fullmatch(r"[0-9]{1,6}", start):
-        raise ConfigError(f"{where}: start {start!r} is no whole number of seconds, {WANTED}")
+        raise ConfigError(f"{where}: start {start!r:.80} is no whole number of seconds, {WANTED}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
-        raise ConfigError(f"{where}: split {split!r} is no name, {WANTED}")
+        raise ConfigError(f"{where}: split {split!r:.80} is no name, {WANTED}")
     caption = "" if config.caption_template else " ".join(label.split())
     # The files are cut already: the clip starts at their second 0.
     key = f"{identity}_{int(start):06d}"

@@ -198,6 +198,23 @@ def test_name_that_is_no_unicode_is_refused_by_name(tmp_path):
         listed(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["\udcff.tar", "\udcff.csv", "\udcff/a.mp4"])
+def test_source_named_without_unicode_is_refused(tmp_path, name):
+    put(tmp_path, name)
+    for source in (tmp_path / name, tmp_path / name.partition("/")[0]):
+        with pytest.raises(ConfigError, match=r"udcff.*not UTF-8"):
+            listed(source)
+    if name.endswith("tar"):
+        with pytest.raises(ConfigError, match=r"udcff.*not UTF-8"):
+            listed(tmp_path)
+
+
+def test_folder_named_like_a_member_of_a_tar_is_refused(tmp_path):
+    put(tmp_path, "b.tar#0+5/y.mp4")
+    with pytest.raises(ConfigError, match=r"b\.tar#0\+5/y\.mp4.*rename its folder"):
+        listed(tmp_path)
+
+
 def test_folder_without_media_says_what_it_looked_for(tmp_path):
     put(tmp_path, "a.txt", "b.wav")
     with pytest.raises(ConfigError, match=r"no media among 2 files.*\.mp4"):
@@ -288,7 +305,6 @@ def test_csv_saved_by_a_spreadsheet_is_read(tmp_path):
     [
         ("-26aVYRtEAc,30,female singing", "3 fields"),
         ("-26aVYRtEAc,30,a,b,train", "5 fields"),
-        ("", "0 fields"),
         ("-26aVYRtEAc,30.5,a,train", "start '30.5'"),
         ("-26aVYRtEAc,-3,a,train", "start '-3'"),
         ("-26aVYRtEAc,,a,train", "start ''"),
@@ -311,6 +327,19 @@ def test_bad_row_names_file_line_and_fault(tmp_path, row, message):
 def test_empty_csv_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"vggsound\.csv has no row"):
         listed(vggsound(tmp_path, ""))
+
+
+def test_blank_lines_of_a_csv_are_skipped(tmp_path):
+    vggsound(tmp_path, f"\n{GOOD}\n\n0DCit2EBtjs,5,a,test\n\n")
+    assert len(listed(tmp_path).clips) == 2
+
+
+def test_two_files_for_one_clip_of_vggsound_are_refused_by_name(tmp_path):
+    vggsound(tmp_path, GOOD, "a/-26aVYRtEAc_000030.mp4", "other.mp4", "b/other.mp4")
+    assert len(listed(tmp_path).clips) == 1
+    put(tmp_path, "b/-26aVYRtEAc_000030.mkv")
+    with pytest.raises(ConfigError, match=r"a/-26aVYRtEAc_000030\.mp4 and b/-26aVYRtEAc_0000"):
+        listed(tmp_path)
 
 
 @pytest.mark.parametrize("rest", [b"", b"0DCit2EBtjs,30,a,train\n" * 9000])

@@ -195,7 +195,6 @@ def test_link_that_leads_out_is_refused_with_its_row(tmp_path):
         ({"uri": "b.mp4", "start_s": 1e6}, "start_s is"),
         ({"uri": "b.mp4", "duration_s": 0.0}, "duration_s is 0"),
         ({"uri": "b.mp4", "duration_s": float("inf")}, "duration_s is"),
-        ({"uri": "b.mp4", "start_s": "soon"}, "start_s is 'soon'"),
         ({"uri": None, "key": "x"}, "uri refused, '' is no path"),
     ],
 )
@@ -215,14 +214,20 @@ def test_bad_field_names_row_and_fault(tmp_path, suffix, row, message):
         ('{"uri": "b.mp4", "caption": "\\ud800"}', "not Unicode"),
         ('["b.mp4"]', "expected a JSON object, found list"),
         ("b.mp4", "expected a JSON object"),
+        ('{"uri": "b.mp4", "uri": "c.mp4"}', "'uri' is there twice"),
+        ('{"uri": "b.mp4", "start_s": 1' + "0" * 400 + "}", "start_s is inf"),
+        ('{"uri": "b.mp4", "key": "' + "x" * 10**6 + '"}', "xxx, expected letters"),
+        ('{"uri": "' + "x" * 300 + '.mp4"}', "304 bytes, expected"),
+        ('{"uri": "' + "x/" * 5000 + 'b.mp4"}', "10005 bytes, expected"),
         ("[" * 100_000, "expected a JSON object"),
         ('{"uri": "b.mp4", "start_s": ' + "9" * 5000 + "}", "expected a JSON object"),
     ],
 )
 def test_bad_line_of_json_names_line_and_fault(tmp_path, row, message):
     (tmp_path / "t.jsonl").write_text('{"uri": "a.mp4"}\n\n' + row + "\n")
-    with pytest.raises(ConfigError, match=rf"t\.jsonl line 3: .*{re.escape(message)}"):
+    with pytest.raises(ConfigError, match=rf"t\.jsonl line 3: .*{re.escape(message)}") as error:
         listed(tmp_path / "t.jsonl")
+    assert len(str(error.value)) < 800
 
 
 @pytest.mark.parametrize(
@@ -233,6 +238,8 @@ def test_bad_line_of_json_names_line_and_fault(tmp_path, row, message):
         ("uri,uri\na.mp4,b.mp4\n", "line 1: a column is there twice"),
         ("uri,start_s\na.mp4,1_0\n", "line 2: start_s is '1_0'"),
         ("uri\n", "has no row"),
+        ("uri,start_s\na.mp4,soon\n", "line 2: start_s is 'soon'"),
+        ("uri,key\na.mp4," + "x" * 200_000 + "\n", "cells of 131072 characters at most"),
         ('uri,caption\na.mp4,x\n"b.mp4,y\nc.mp4,z\n', "line 3 can't be read as csv"),
     ],
 )
@@ -254,6 +261,40 @@ def test_bytes_that_are_no_text_name_their_line(tmp_path):
 def test_parquet_that_is_none_is_refused_by_name(tmp_path, content):
     (tmp_path / "t.parquet").write_bytes(content)
     with pytest.raises(ConfigError, match=r"t\.parquet"):
+        listed(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("start_s", pa.array([1234567891], pa.timestamp("ns"))),
+        ("start_s", pa.array([2**62], pa.duration("ns"))),
+        ("start_s", pa.array(["3"])),
+        ("duration_s", pa.array([True])),
+        ("split", pa.array([2**30], pa.date32())),
+        ("label", pa.array([1], pa.timestamp("us", "Nowhere/None"))),
+        ("caption", pa.array([["a"]])),
+        ("key", pa.array([b"a"])),
+    ],
+)
+def test_column_of_another_type_is_refused_by_name(tmp_path, column, values):
+    pq.write_table(pa.table({"uri": ["a.mp4"], column: values}), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match=rf"t\.parquet: column {column} is of type .*expected"):
+        listed(tmp_path / "t.parquet")
+
+
+def test_column_that_is_there_twice_is_refused_by_name(tmp_path):
+    columns = [pa.array([text]) for text in ("a.mp4", "x", "y")]
+    table = pa.Table.from_arrays(columns, ["uri", "caption", "caption"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match="column caption is there twice"):
+        listed(tmp_path / "t.parquet")
+
+
+def test_parquet_of_text_that_is_none_is_refused(tmp_path):
+    bad = pa.array([b"\xff"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"uri": ["a.mp4"], "caption": bad}), tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match=r"t\.parquet can't be read"):
         listed(tmp_path / "t.parquet")
 
 

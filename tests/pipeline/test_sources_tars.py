@@ -211,6 +211,8 @@ def test_sparse_member_of_pax_is_refused(tmp_path):
         ([("a.mp4", b"1"), ("a.mkv", b"2")], "sample 'a' has 2 media"),
         ([("a.mp4", b"1"), ("b.mp4", b"2"), ("a.txt", b"3")], "sample 'a' is there twice"),
         ([("a.mp4", b"1"), ("b.mp4", b"2"), ("a.mp4", b"3")], "sample 'a' is there twice"),
+        ([("a.mp4", b"1"), ("a.txt", b"2"), ("a.txt", b"3")], r"'a' has two members \.txt"),
+        ([("a.mp4", b"1"), ("a.json", b'{"label": "x", "label": "y"}')], "'label' is there twice"),
         ([("a.txt", b"1"), ("b.txt", b"2")], "no media in 1 tars"),
         ([("a.mp4", b"1"), ("a.txt", b"\xff")], r"a\.txt: expected UTF-8"),
         ([("a.mp4", b"1"), ("a.json", b"{")], r"a\.json: expected a JSON object"),
@@ -295,6 +297,15 @@ def test_two_tars_glued_together_are_an_error(good, tmp_path):
     """Readers stop at the first end: the clips of the second would be missing."""
     (tmp_path / "0.tar").write_bytes(good + good)
     with pytest.raises(ConfigError, match="expected a header or zeros to the end"):
+        listed(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_thousands_of_headers_for_one_member_are_damage(good, tmp_path, kind):
+    header = special(kind)
+    header.name = "x"
+    (tmp_path / "0.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) * 5000 + good)
+    with pytest.raises(ConfigError, match=r"0\.tar is damaged"):
         listed(tmp_path)
 
 

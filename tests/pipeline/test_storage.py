@@ -63,6 +63,9 @@ def cached(tmp_path):
         "https://host/media?X-Amz-Signature=SECRET",
         "https://host/media#SECRET",
         "s3://bucket/media::https://u:SECRET@host",
+        "s3://AKIAKEY:12/abSECRET@bucket/x.csv",
+        "http://user:123/45SECRET@host/x.csv",
+        "http://SECRET@host/x",
     ],
 )
 def test_url_with_a_secret_is_refused_and_not_repeated(address):
@@ -84,12 +87,26 @@ def test_url_with_a_secret_is_refused_and_not_repeated(address):
         ("file://localhost/data/clips/", "/data/clips"),
         ("s3://bucket/media/", "s3://bucket/media"),
         ("S3://bucket", "s3://bucket"),
-        ("http://127.0.0.1:8080/a@b", "http://127.0.0.1:8080/a@b"),
+        ("http://127.0.0.1:8080/a%40b", "http://127.0.0.1:8080/a%40b"),
         ("http://[::1]:8080/media", "http://[::1]:8080/media"),
     ],
 )
 def test_root_has_one_spelling(address, root):
     assert normal_root(address) == root == normal_root(root)
+
+
+@pytest.mark.parametrize("address", ["filecache::http://u:SECRET@h/x", "http:/u:SECRET@host/x"])
+def test_address_that_is_no_url_but_looks_so_is_refused_and_not_repeated(address):
+    with pytest.raises(ConfigError, match="expected a URL such as") as error:
+        normal_root(address)
+    assert "SECRET" not in str(error.value)
+
+
+def test_server_that_does_not_answer_is_named():
+    with pytest.raises(
+        ConfigError, match=r"ftp://127\.0\.0\.1:1/x can't be opened: .*expected a se"
+    ):
+        open_folder("ftp://127.0.0.1:1/x")
 
 
 def test_relative_folder_is_made_absolute(tmp_path, monkeypatch):
@@ -365,6 +382,14 @@ def test_http_folder_is_listed_by_its_index_pages(root, tmp_path):
             "in/b c.mp4": "",
         }
         assert source.root == server.url
+
+
+def test_http_pages_that_link_deeper_without_end_are_refused(root, tmp_path):
+    """One page for all paths, as single-page applications are served."""
+    for name in ("one", "two"):
+        (root / name).symlink_to(root)
+    with http_server(root) as server, pytest.raises(ConfigError, match=r"without end.*32 levels"):
+        listed(server.url, storage_config(tmp_path))
 
 
 # -- S3
