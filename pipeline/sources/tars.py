@@ -209,7 +209,8 @@ def _members(file: BinaryIO, where: str) -> Iterator[Member]:
             _check_end(file, offset)
     except DAMAGE as error:
         raise ConfigError(
-            f"{where} is damaged or cut off near byte {offset}: {str(error) or 'too big'}; make or fetch it anew"
+            f"{where} is damaged or cut off near byte {offset}: {str(error) or 'too big'}; "
+            "make or fetch it anew"
         ) from None
 
 
