@@ -1,7 +1,8 @@
 """The order of a plan, worked out by columns: which clip is where, and which text is its caption.
 
 The plan's order is that of the keys, shuffled by the seed; rows are brought into it a block at a
-time. 10 million clips with a million captions take 3.5 GB at the peak (``tools.bench_plan``).
+time. 10 million clips take 3.5 GB at the peak with a million captions, 4.5 GB if all have their own
+(``tools.bench_plan``).
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Draft:
     """Shards worked out, not yet written.
 
     Attributes:
-        clips: ``CLIP_SCHEMA`` [N], in any order.
+        clips: ``CLIP_SCHEMA`` [N] in any order, with indices in place of texts that repeat.
+        texts: what these indices mean, by column; with them a chunk of clips would drag along all
+            texts of its column.
         order: int64 [N], the place among ``clips`` of the clips in the plan's order.
         text_rows: int64 [N], in the plan's order.
         captions: those that no earlier shard has, in the order of their text rows.
@@ -48,6 +51,7 @@ class Draft:
     """
 
     clips: pa.Table
+    texts: dict[str, pa.Array]
     order: np.ndarray
     text_rows: np.ndarray
     captions: pa.Array
@@ -60,6 +64,9 @@ class Draft:
         for start in range(0, len(self.order), block_rows):
             places = np.arange(start, min(start + block_rows, len(self.order)))
             block = self.clips.take(pa.array(self.order[places]))
+            for name, texts in self.texts.items():
+                told = texts.take(block[name].combine_chunks())
+                block = block.set_column(CLIP_SCHEMA.get_field_index(name), name, told)
             block = block.append_column(
                 "shard", pa.array(places // size + self.segment.first_shard)
             )
@@ -92,14 +99,9 @@ def draft_shards(
     """
     for key in clips["key"].filter(_is_odd(clips["key"])).slice(0, 1).to_pylist():
         fmt.check_key(key)
-    clips = clips.unify_dictionaries()
+    clips, texts = _without_repeats(clips)
     order = plan_order(clips["key"], seed, first_shard)
-    codes = np.concatenate(
-        [np.zeros(0, np.int32), *(c.indices.to_numpy() for c in clips["caption"].chunks)]
-    )[order]
-    captions = (
-        clips["caption"].chunk(0).dictionary if len(clips) else pa.array([], pa.large_string())
-    )
+    codes, captions = clips["caption"].to_numpy()[order], texts["caption"]
     first_seen = np.full(len(captions), len(codes))
     first_seen[codes[::-1]] = np.arange(len(codes))[::-1]  # of equal places the last one stays
     before = pa.array([""], captions.type) if known is None else known
@@ -111,7 +113,21 @@ def draft_shards(
     if known is None:
         fresh_captions = pa.concat_arrays([before, fresh_captions])
     segment = fmt.PlanSegment(first_shard, len(order), shard_size)
-    return Draft(clips, order, text_rows[codes], fresh_captions, segment)
+    return Draft(clips, texts, order, text_rows[codes], fresh_captions, segment)
+
+
+def _without_repeats(clips: pa.Table) -> tuple[pa.Table, dict[str, pa.Array]]:
+    """Return the clips with indices in place of texts that repeat, and the texts by column."""
+    clips, texts = clips.unify_dictionaries(), {}
+    for place, field in enumerate(CLIP_SCHEMA):
+        if not pa.types.is_dictionary(field.type):
+            continue
+        chunks = clips[field.name].chunks
+        empty = pa.array([], field.type.value_type)
+        texts[field.name] = chunks[0].dictionary if chunks else empty
+        indices = pa.chunked_array([chunk.indices for chunk in chunks], field.type.index_type)
+        clips = clips.set_column(place, field.name, indices)
+    return clips, texts
 
 
 def _is_odd(keys: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -31,14 +31,13 @@ def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
     if (root / "plan.json").exists():
         return _check_plan(root, source, config)
     _refuse_other_files(root)
-    listing = source.read()
-    draft = draft_shards(listing.clips, config.seed, config.shard_size)
+    draft, told = _draft(source, config)
     root.mkdir(parents=True, exist_ok=True)
     clips_hash = _write_tables(root, draft)
     plan = fmt.Plan(
         plan_id=_plan_id(clips_hash, config),
         seed=config.seed,
-        source=_describe(source, listing, clips_hash),
+        source=told | {"clips_hash": clips_hash},
         clips=(draft.segment,),
         captions=(fmt.PlanSegment(0, len(draft.captions), config.shard_size),),
     )
@@ -82,7 +81,7 @@ def extend_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
         _write_tables(root, draft, plan)
     extended = replace(
         plan,
-        source=_describe(source, listing, clips_hash, plan.source["longest_s"]),
+        source=_describe(source, listing, plan.source["longest_s"]) | {"clips_hash": clips_hash},
         clips=plan.clips + (draft.segment,) * bool(draft.segment.num_clips),
         captions=plan.captions + (captions,) * bool(captions.num_clips),
     )
@@ -142,15 +141,14 @@ def _check_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
     details = _other_settings(plan, config)
     if not details and plan.source.get("state") == source.state:
         return plan
-    listing = source.read()
-    clips_hash = _hash(draft_shards(listing.clips, config.seed, config.shard_size))
+    draft, told = _draft(source, config, plan.source.get("longest_s", 0.0))
+    clips_hash = _hash(draft)
     if not details and plan.source.get("clips_hash") == clips_hash:
         # Files were touched or moved, but the clips are the same: the next run need not list them.
-        told = _describe(source, listing, clips_hash, plan.source["longest_s"])
-        plan = replace(plan, source=told)
+        plan = replace(plan, source=told | {"clips_hash": clips_hash})
         fmt.write_plan(root, plan)
         return plan
-    details += _other_clips(root, plan, listing.clips)
+    details += _other_clips(root, plan, draft.clips["key"])
     what = "; ".join(details) or "captions, labels, splits or lengths of clips differ"
     raise ConfigError(
         f"--out {root} holds plan {plan.plan_id} of {plan.source.get('root')}, this run would "
@@ -168,8 +166,8 @@ def _other_settings(plan: fmt.Plan, config: EncodeConfig) -> list[str]:
     ]
 
 
-def _other_clips(root: Path, plan: fmt.Plan, clips: pa.Table) -> list[str]:
-    there, now = _read_column(root / PLAN_NAME, "key", plan.num_clips), clips["key"]
+def _other_clips(root: Path, plan: fmt.Plan, now: pa.ChunkedArray) -> list[str]:
+    there = _read_column(root / PLAN_NAME, "key", plan.num_clips)
     details = []
     if len(there) != len(now):
         details.append(f"num_clips {len(there)} there, {len(now)} now")
@@ -210,18 +208,28 @@ def _plan_id(clips_hash: str, config: EncodeConfig) -> str:
     return fmt.fingerprint(identity)
 
 
-def _describe(
-    source: Source, listing: Listing, clips_hash: str, before_s: float = 0.0
-) -> dict[str, Any]:
+def _draft(
+    source: Source, config: EncodeConfig, before_s: float = 0.0
+) -> tuple[Draft, dict[str, Any]]:
+    """List all clips; return their shards and what is to be told of the source.
+
+    The listing is let go here: its captions are as large as the draft's.
+    """
+    listing = source.read()
+    told = _describe(source, listing, before_s)
+    return draft_shards(listing.clips, config.seed, config.shard_size), told
+
+
+def _describe(source: Source, listing: Listing, before_s: float) -> dict[str, Any]:
     """Return what plan.json says of the source: where it is, and by what it is known again.
 
-    ``before_s`` is the length of the longest clip planned before.
+    ``clips_hash``, that of all clips listed, is to be added. ``before_s`` is the length of the
+    longest clip planned before.
     """
     return {
         "kind": source.kind,
         "root": source.root,
         "state": source.state,
-        "clips_hash": clips_hash,
         "num_skipped": listing.num_skipped,
         "longest_s": max(before_s, pc.max(listing.clips["duration_s"]).as_py()),
     }

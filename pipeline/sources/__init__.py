@@ -70,7 +70,7 @@ def open_source(src: str, config: EncodeConfig) -> Source:
 
 def _read(source: Source, config: EncodeConfig) -> Listing:
     listing = source.read()
-    clips = with_spans(listing.clips.unify_dictionaries(), source.root, config)
+    clips = with_spans(listing.clips, source.root, config)
     clips = with_captions(clips, config.caption_template) if config.caption_template else clips
     return replace(listing, clips=clips)
 
