@@ -316,6 +316,7 @@ def test_decisions_are_not_retried_and_fail_no_run(odd_clips, odd_dataset):
     assert all_files(odd_dataset) == before
 
 
+@pytest.mark.slow
 def test_lost_commits_come_back_to_the_same_bytes_though_copies_were_dropped(
     odd_clips, odd_dataset, tmp_path
 ):
