@@ -14,7 +14,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -162,17 +162,12 @@ class ShardWriter:
 
     def _write_member(self, key: str, array: np.ndarray) -> tuple[int, int]:
         """Append one tar member; return offset and crc32c of the array's own bytes."""
-        buffer = io.BytesIO()
-        npy = np.lib.format
-        npy.write_array_header_1_0(buffer, npy.header_data_from_array_1_0(array))
-        header = buffer.getvalue()
-        member = tarfile.TarInfo(f"{key}.{self._column.spec.modality}.npy")
-        member.size, member.mode = len(header) + array.nbytes, 0o644
-        self._write(member.tobuf(tarfile.USTAR_FORMAT) + header)
+        name = f"{key}.{self._column.spec.modality}.npy"
+        self._write(member_header(name, array.shape, array.dtype))
         offset = self._tar_bytes
         payload: Any = array.reshape(-1).view(np.uint8)
         self._write(payload)
-        self._write(bytes(-member.size % tarfile.BLOCKSIZE))
+        self._write(bytes(-self._tar_bytes % tarfile.BLOCKSIZE))
         return offset, google_crc32c.value(payload)
 
     def _write(self, data: Any) -> None:
@@ -229,6 +224,18 @@ class ShardWriter:
         # A link, not a rename: it can't replace a record that is there already.
         stem.with_suffix(".json").hardlink_to(self._record_path)
         sync_folder(self._column.path)
+
+
+def member_header(name: str, shape: Sequence[int], dtype: np.dtype) -> bytes:
+    """Return what stands before an array's own bytes: the USTAR header and the .npy header."""
+    npy = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(dtype)
+    facts = {"descr": descr, "fortran_order": False, "shape": tuple(shape)}
+    np.lib.format.write_array_header_1_0(npy, facts)
+    member = tarfile.TarInfo(name)
+    member.size = npy.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    member.mode = 0o644
+    return member.tobuf(tarfile.USTAR_FORMAT) + npy.getvalue()
 
 
 def channel_sums(array: np.ndarray, channel_axis: int) -> np.ndarray:

@@ -6,7 +6,6 @@ choice: headers follow from key, shape and dtype, payloads from their checksums,
 
 from __future__ import annotations
 
-import io
 import tarfile
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
@@ -16,23 +15,11 @@ import numpy as np
 
 from pipeline.format import OK, Column
 from pipeline.records import CommitRecord
-from pipeline.shards import channel_sums
+from pipeline.shards import channel_sums, member_header
 
 # Sums are bit-equal when the numpy that wrote them adds them up; another may add in another order.
 SUMS_TOLERANCE = 1e-9
 HEADER_FIELDS = ("name", "size", "mode", "uid", "gid", "mtime", "type", "uname", "gname")
-
-
-def member_header(name: str, shape: Sequence[int], dtype: np.dtype) -> bytes:
-    """Return what stands before an array's own bytes: the USTAR header and the .npy header."""
-    npy = io.BytesIO()
-    descr = np.lib.format.dtype_to_descr(dtype)
-    facts = {"descr": descr, "fortran_order": False, "shape": tuple(shape)}
-    np.lib.format.write_array_header_1_0(npy, facts)
-    member = tarfile.TarInfo(name)
-    member.size = npy.tell() + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    member.mode = 0o644
-    return member.tobuf(tarfile.USTAR_FORMAT) + npy.getvalue()
 
 
 class ChecksummedReader:

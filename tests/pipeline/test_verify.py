@@ -16,9 +16,8 @@ import pytest
 
 from pipeline.files import write_json
 from pipeline.format import STATUS_CODE, FormatError, read_json
-from pipeline.shards import ShardWriter, create_column
+from pipeline.shards import ShardWriter, create_column, member_header
 from pipeline.tables import write_parquet
-from pipeline.tar_check import member_header
 from pipeline.verify import verify
 from tests.train.columns import Dataset
 
