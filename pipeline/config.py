@@ -18,6 +18,9 @@ DECODER_VERSION = 2
 DAY_S = 86400.0
 MIN_WINDOW_S = 0.1  # a film of two hours gives 72,000 clips
 PixelCount = Annotated[int, Field(ge=16, le=4096)]
+# Clips that a codec takes at once: fewer are filled up with copies, so that the latents of a clip
+# don't depend on its neighbours.
+Batch = Annotated[int, Field(ge=1, le=1024)]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -64,6 +67,7 @@ class VideoSettings:
             to fit in and leaves black bars.
         decoder: "pyav" is faster at every size and sees damage (tools.bench_decode); "decord"
             decodes what it can be trusted with, for frames like those of other pipelines.
+        batch: clips that the codec takes at once; the built-in one gains nothing by it.
     """
 
     fps: float = Field(default=8.0, gt=0, le=120)
@@ -71,6 +75,7 @@ class VideoSettings:
     buckets: tuple[tuple[PixelCount, PixelCount], ...] = ()
     fit: Literal["crop", "pad"] = "crop"
     decoder: Literal["pyav", "decord"] = "pyav"
+    batch: Batch = 1
     codec: DctSettings = Field(default_factory=DctSettings)
 
     def __post_init__(self) -> None:
@@ -93,6 +98,7 @@ class AudioSettings:
 
     sample_rate: int = Field(default=16000, ge=4000, le=192000)
     channels: Literal[1, 2] = 1
+    batch: Batch = 1
     codec: LogmelSettings = Field(default_factory=LogmelSettings)
 
 
@@ -101,6 +107,7 @@ class TextSettings:
     """Captions: cut after ``max_words``."""
 
     max_words: int = Field(default=64, ge=1, le=65536)
+    batch: Batch = 1
     codec: HashSettings = Field(default_factory=HashSettings)
 
 
@@ -178,13 +185,18 @@ class EncodeConfig:
         shard_size: clips per shard, the unit of work and of commit.
         seed: of the plan's shuffle.
         caption_template: caption of clips that have a label only, such as "the sound of {label}".
-        decoders: decoder processes beside the encoder; 0 = CPUs of the machine less one.
+        cells: encoders, each with its decoders beside it; 0 = one on this machine, with --address
+            as many as the cluster holds.
+        decoders: decoder processes of a cell, a CPU each; 0 = as many as its share of the CPUs
+            allows. --calibrate advises a number.
+        encoder_cpus, encoder_gpus: of the cluster, for one encoder; .5 puts two on a GPU.
+        encode_timeout_s: an encoder that is silent for so long is ended, its shard given out again.
         decode_timeout_s: a clip that takes longer has its decoder killed.
         fetch_timeout_s: so has one whose file takes longer to come, if it is not a local file.
         clips_per_decoder: a decoder process is replaced after this many clips.
         cache_dir: where remote media and members of tars are kept for a while; default: in /tmp.
         cache_gb: size of that cache on every node, at most.
-        window_mb: decoded frames and sound in flight, at most (but two clips at least).
+        window_mb: decoded frames and sound in flight in a cell, at most, but a clip at least.
         max_failed_share: the run fails (exit 1) when more clips than this have no latents.
     """
 
@@ -201,7 +213,11 @@ class EncodeConfig:
     audio: AudioSettings = Field(default_factory=AudioSettings)
     text: TextSettings = Field(default_factory=TextSettings)
     checks: CheckSettings = Field(default_factory=CheckSettings)
+    cells: int = Field(default=0, ge=0, le=4096)
     decoders: int = Field(default=0, ge=0, le=1024)
+    encoder_cpus: int = Field(default=1, ge=1, le=1024)
+    encoder_gpus: float = Field(default=0.0, ge=0, le=8)
+    encode_timeout_s: float = Field(default=600.0, gt=0, le=DAY_S)
     decode_timeout_s: float = Field(default=60.0, gt=0, le=DAY_S)
     fetch_timeout_s: float = Field(default=600.0, gt=0, le=DAY_S)
     clips_per_decoder: int = Field(default=2000, ge=1)
@@ -226,12 +242,15 @@ def decode_settings(config: EncodeConfig) -> DecodeSettings:
 def preprocessing(config: EncodeConfig, modality: str) -> dict[str, Any]:
     """Return what a modality goes through before its codec; part of the fingerprint.
 
-    Checks count where they decide what has latents, and for sound the picture's size and rate
+    A batch counts: on GPUs its size decides the order of sums, and with it the last bits. Checks
+    count where they decide what has latents, and for sound the picture's size and rate
     where stillness does, which is measured on the frames.
     """
+    batch = getattr(config, modality).batch
+    batched = {"batch": batch} if batch > 1 else {}
     if modality == "text":
-        return {"max_words": config.text.max_words}
-    common = {"checks": dropping(config.checks), "decoder_version": DECODER_VERSION}
+        return {"max_words": config.text.max_words} | batched
+    common = batched | {"checks": dropping(config.checks), "decoder_version": DECODER_VERSION}
     video, audio = config.video, config.audio
     picture = {"fps": video.fps, "sizes": list(video.sizes), "fit": video.fit}
     picture |= {"decoder": video.decoder}

@@ -35,6 +35,7 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 STATUSES = (
     "ok", "missing", "unreadable", "no_video", "no_audio", "too_short", "truncated",
     "decode_timeout", "decode_crash", "nonfinite", "silent", "still", "low_fps", "duplicate",
+    "encode_error",
 )  # fmt: skip
 OK = 0
 STATUS_CODE = {name: code for code, name in enumerate(STATUSES)}

@@ -79,12 +79,14 @@ class Decoded:
         sound: float32 [channels, N] in about [-1, 1], or None.
         problems: modality -> (status, message) for what can't be encoded.
         facts: what was measured on the way, see ``pipeline.checks``.
+        seconds: that decoding took.
     """
 
     frames: np.ndarray | None
     sound: np.ndarray | None
     problems: dict[str, tuple[str, str]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
 
     @classmethod
     def failed(cls, status: str, message: str) -> Decoded:

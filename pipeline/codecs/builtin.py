@@ -12,13 +12,14 @@ import functools
 import hashlib
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from pipeline.audio import griffin_lim, mel_spectrogram
 from pipeline.format import FormatError
+
+if TYPE_CHECKING:  # torch takes seconds to load: a run that finds all committed needs no codec
+    import torch
 
 # BT.601 full range, rows Y, Cb, Cr over RGB in [0, 1].
 RGB_TO_YCBCR = np.array(
@@ -158,18 +159,27 @@ class LogmelAudio:
                 f"logmel with fmin_hz={fmin_hz:g}: nothing is left below {fmax_hz:g} Hz (fmax_hz, "
                 "at most half the sample rate)"
             )
-        self.mel = mel_spectrogram(sample_rate, n_fft, hop, num_mels, fmin_hz, fmax_hz)
+        self._mel_settings = (sample_rate, n_fft, hop, num_mels, fmin_hz, fmax_hz)
         frequency = np.arange(patch)
         distance = frequency[:, None] ** 2 + frequency**2
         kept = np.argsort(distance.ravel(), kind="stable")[:channels]  # the lowest, both ways
         matrix = dct_matrix(patch)
         self.basis = np.kron(matrix, matrix)[kept]  # [channels, patch * patch]
 
+    @functools.cached_property
+    def mel(self) -> Any:
+        """The transform to mel spectrograms, built when first used."""
+        from pipeline.audio import mel_spectrogram
+
+        return mel_spectrogram(*self._mel_settings)
+
     def encode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Encode sound float32 [channels, N] (averaged to mono) into float32 latents."""
         return [self._encode(sound) for sound in batch]
 
     def _encode(self, sound: np.ndarray) -> np.ndarray:
+        import torch
+
         patch, samples = self.patch, self.patch * self.hop
         count = int(sound.shape[1] / samples + LAST_LATENT_SLACK)
         mono = torch.from_numpy(sound.mean(axis=0))
@@ -193,6 +203,10 @@ class LogmelAudio:
         return blocks.reshape(count * self.patch, bands * self.patch)
 
     def _decode(self, latent: np.ndarray) -> np.ndarray:
+        import torch
+
+        from pipeline.audio import griffin_lim
+
         mel = torch.from_numpy(self.spectrogram(latent)).clamp(-12, 6).exp().T
         magnitude = (self._mel_inverse() @ mel).clamp_min(0)
         magnitude = torch.cat([magnitude, magnitude[:, -1:]], dim=1)  # centred frames: one more
@@ -201,6 +215,8 @@ class LogmelAudio:
         return sound.numpy()[None]
 
     def _mel_inverse(self) -> torch.Tensor:
+        import torch
+
         return torch.linalg.pinv(self.mel.mel_scale.fb.T)
 
     def fingerprint(self) -> dict[str, Any]:
