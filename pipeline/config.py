@@ -197,6 +197,8 @@ class EncodeConfig:
         cache_dir: where remote media and members of tars are kept for a while; default: in /tmp.
         cache_gb: size of that cache on every node, at most.
         window_mb: decoded frames and sound in flight in a cell, at most, but a clip at least.
+        metrics_port: of the Ray that the run starts, for Prometheus; 0: none. With --address it is
+            the cluster's to say.
         max_failed_share: the run fails (exit 1) when more clips than this have no latents.
     """
 
@@ -224,6 +226,7 @@ class EncodeConfig:
     cache_dir: str | None = None
     cache_gb: float = Field(default=20.0, gt=0, le=1e6)
     window_mb: int = Field(default=512, ge=1, le=1_000_000)
+    metrics_port: int = Field(default=0, ge=0, le=65535)
     max_failed_share: float = Field(default=0.5, ge=0, le=1)
 
 

@@ -94,6 +94,7 @@ class ShardUpdate:
     Attributes:
         event: "started" (earlier news of this task don't count), "progress", "committed", or
             "alive" (nothing but a sign of life, of no task).
+        cell: which one, such as "node-3/1"; the driver fills it in.
         task: ``ShardTask.name``.
         statuses: rows written since, by status ("ok" where every modality has its latent).
         failed: those of them that are not ok.
@@ -107,6 +108,7 @@ class ShardUpdate:
     """
 
     event: str
+    cell: str = ""
     task: tuple[str, int] | None = None
     statuses: Counter[str] = field(default_factory=Counter)
     failed: tuple[FailedClip, ...] = ()
