@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,12 +24,13 @@ from pipeline.data_root import open_root
 from pipeline.duplicates import Settled, settle_duplicates
 from pipeline.files import write_json
 from pipeline.folders import normal_root
-from pipeline.jobs import Job, ShardUpdate
+from pipeline.jobs import Job, ShardTask
 from pipeline.plan import ensure_plan, extend_plan
 from pipeline.plan_table import PlanTable
-from pipeline.report import RunReport, print_table
+from pipeline.records import Totals, read_record
+from pipeline.report import RunReport, failures, print_table
 from pipeline.request import Request, parse
-from pipeline.settings import ConfigError, dump
+from pipeline.settings import ConfigError
 from pipeline.shards import create_column
 from pipeline.sources import Source, open_source
 from pipeline.sweep import one_line_errors
@@ -43,9 +45,16 @@ def main() -> None:
     with one_line_errors(f"committed shards are safe. Go on with: {command_line()}"):
         request, config = parse(sys.argv[1:])
         if request.calibrate:
-            calibrate(request, config)
+            advise(request, config)
         elif failure := encode(request, config):
             sys.exit(f"error: {failure}")
+
+
+def advise(request: Request, config: EncodeConfig) -> None:
+    """Print the rates of decoding and encoding here, and how many decoders an encoder needs."""
+    from pipeline.calibrate import calibrate, calibration_text  # loads torch
+
+    print(calibration_text(calibrate(open_source(request.src, config), config)))
 
 
 def encode(request: Request, config: EncodeConfig) -> str | None:
@@ -78,9 +87,12 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
     given_up = None
     if work:
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
+        from pipeline.telemetry import Telemetry  # loads Ray
+
         job = make_job(request, source, plan, run_id, specs, config)
-        with RunReport(root, run_id, plan, work) as report:
-            (report.folder / "config.yaml").write_text(dump(config))
+        num_clips = sum(item.rows for item in work if not item.is_text)
+        publish = Telemetry().publish
+        with RunReport(root, run_id, plan, num_clips, len(work), config, publish) as report:
             given_up = run(job, plan, work, config, request.address, report)
             report.settled = settled = settle(plan, columns, root / job.facts, config)
     else:
@@ -88,10 +100,9 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
         settled = settle(plan, columns, facts, config)
     for column in columns.values():
         write_statistics(column)
-    totals = [
-        column_totals(column, plan.shard_rows(text=m == "text")) for m, column in columns.items()
-    ]
-    print_table(totals, settled.flagged)
+    totals = {column.path.name: sum_records(column) for column in columns.values()}
+    num_shards = {c.path.name: len(plan.shard_rows(text=m == "text")) for m, c in columns.items()}
+    print_table({name: (totals[name], num_shards[name]) for name in totals}, settled.flagged)
     return given_up or settled.complaint or too_many_failed(totals, config)
 
 
@@ -154,21 +165,16 @@ def run(
     Raises:
         ConfigError: too many clips fail, or no cell can be kept alive.
     """
-    from pipeline.driver import encode_shards  # a finished run never starts Ray
+    from pipeline.driver import encode_shards  # a finished run never loads Ray
 
-    def on_update(news: ShardUpdate) -> None:
-        report.update(news)
-        share, limit = report.failed_share, config.max_failed_share
-        if report.num_clips >= MIN_CLIPS_FOR_STOP and share > limit:
-            raise ConfigError(
-                f"{share:.0%} of {report.num_clips} clips failed, more than "
-                f"max_failed_share={limit:g}; causes are in {report.folder}/events.jsonl"
-            )
+    def tasks() -> Iterator[ShardTask]:
+        for item in work:
+            stop_if_too_many_failed(report, config.max_failed_share)
+            yield item.task(table)
 
     table = PlanTable(open_root(job.root), plan)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
-    tasks = (item.task(table) for item in work)
-    given_up = encode_shards(job, tasks, config, on_update, address)
+    given_up = encode_shards(job, tasks(), config, report, address)
     if not given_up:
         return None
     shards = "; ".join(f"{' '.join(map(str, g.task))}: {g.reason}" for g in given_up)
@@ -202,13 +208,35 @@ def write_statistics(column: fmt.Column) -> None:
         write_json(path, asdict(column.spec) | {"statistics": statistics})
 
 
-def too_many_failed(totals: list[dict], config: EncodeConfig) -> str | None:
+def stop_if_too_many_failed(report: RunReport, limit: float) -> None:
+    """End a run early that gets nowhere.
+
+    Raises:
+        ConfigError: more clips than the share ``limit`` have failed.
+    """
+    if report.num_clips >= MIN_CLIPS_FOR_STOP and report.failed_share > limit:
+        raise ConfigError(
+            f"{report.failed_share:.0%} of {report.num_clips} clips failed, more than "
+            f"max_failed_share={limit:g}; causes are in {report.folder}/events.jsonl"
+        )
+
+
+def sum_records(column: fmt.Column) -> Totals:
+    """Sum the commit records of a column."""
+    totals = Totals()
+    for shard in sorted(column.committed_shards()):
+        if record := read_record(column, shard):
+            totals.add(record)
+    return totals
+
+
+def too_many_failed(totals: dict[str, Totals], config: EncodeConfig) -> str | None:
     """Return a complaint when a column lacks more clips than ``max_failed_share``."""
-    for total in totals:
-        failed = failures(total["statuses"]).total()
-        if failed > config.max_failed_share * total["rows"]:
+    for name, total in totals.items():
+        failed = failures(total.statuses).total()
+        if failed > config.max_failed_share * total.rows:
             return (
-                f"{failed} of {total['rows']} rows of {total['column']} failed, more than "
+                f"{failed} of {total.rows} rows of {name} failed, more than "
                 f"max_failed_share={config.max_failed_share:g}; every cause is in "
                 "runs/*/events.jsonl. Once mended, run the command with --retry-failed"
             )
