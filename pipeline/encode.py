@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
-import signal
 import sys
 import time
 from collections import Counter
@@ -165,7 +164,7 @@ def run(
     Raises:
         ConfigError: too many clips fail, or no cell can be kept alive.
     """
-    from pipeline.driver import encode_shards  # a finished run never loads Ray
+    from pipeline.driver import complaint, encode_shards  # a finished run never loads Ray
 
     def tasks() -> Iterator[ShardTask]:
         for item in work:
@@ -173,15 +172,8 @@ def run(
             yield item.task(table)
 
     table = PlanTable(open_root(job.root), plan)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end like Ctrl-C
     given_up = encode_shards(job, tasks(), config, report, address)
-    if not given_up:
-        return None
-    shards = "; ".join(f"{' '.join(map(str, g.task))}: {g.reason}" for g in given_up)
-    return (
-        f"{len(given_up)} shards were given up ({shards}); committed shards are safe: mend the "
-        "cause and run the same command again"
-    )
+    return complaint(given_up) if given_up else None
 
 
 def settle(

@@ -105,6 +105,7 @@ class ShardUpdate:
         bytes_in_flight: of frames and sound in the cell now.
         committed: names of the columns this attempt committed; others were committed by others.
         seconds: of "committed": from the start to the commit.
+        notes: for people, such as a batch halved for lack of memory.
     """
 
     event: str
@@ -119,3 +120,4 @@ class ShardUpdate:
     bytes_in_flight: int = 0
     committed: tuple[str, ...] = ()
     seconds: float = 0.0
+    notes: tuple[str, ...] = ()
