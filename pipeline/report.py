@@ -1,159 +1,270 @@
-"""What a person sees of an encode run: progress bar, closing table, runs/<run_id>/."""
+"""What a person sees of an encode run: live display, closing table, runs/<run_id>/.
+
+    runs/<run_id>/config.yaml     the settings
+                  events.jsonl    what happened, and the rates every 10 s
+                  summary.json    sums, at the end
+                  report.html     both as a page, see ``pipeline.run_page``
+
+Imports neither torch nor Ray.
+"""
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from pydantic import TypeAdapter
 
 from pipeline import format as fmt
-from pipeline.checks import DECISIONS
+from pipeline.config import EncodeConfig
+from pipeline.display import Display, duration_text, outcome_text
 from pipeline.duplicates import Settled
-from pipeline.files import write_json
+from pipeline.event_log import EventLog
+from pipeline.files import write_atomically, write_json
 from pipeline.jobs import ShardUpdate
+from pipeline.records import Totals
+from pipeline.run_page import write_page
+from pipeline.settings import dump
+from pipeline.storage import scrubbed
+from pipeline.tally import Point, Tally, TaskName, failures, rates_between
+
+SAMPLE_INTERVAL_S = 10.0
+# The rate that is shown, and the time left, come from as much of the past.
+RATE_WINDOW_S = 180.0
 
 
 class RunReport:
-    """Follows one run; keeps events.jsonl and, on leaving the block, summary.json in its folder.
+    """Follows one run; a context manager. Leaving the block writes summary and page.
 
     Args:
-        folder: ``runs/<run_id>``.
+        root: of the data set.
+        run_id: names the folder in ``runs/``.
         plan: what is encoded.
-        num_clips: clips that this run has to do.
+        num_clips, num_shards: what this run has to do; shards of captions count, captions don't.
+        config: the settings.
+        publish: gets the tally every 10 s, for monitoring.
 
     Attributes:
+        folder: ``runs/<run_id>``.
         settled: what the facts of the whole data set say, once that is known.
     """
 
-    def __init__(self, folder: Path, plan: fmt.Plan, num_clips: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
+    def __init__(
+        self,
+        root: Path,
+        run_id: str,
+        plan: fmt.Plan,
+        num_clips: int,
+        num_shards: int,
+        config: EncodeConfig,
+        publish: Callable[[Tally], None] | None = None,
+    ) -> None:
+        self.folder = root / "runs" / run_id
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.settled = Settled(Counter())
-        self._plan = plan
-        self.statuses: Counter[str] = Counter()
-        self._shard_statuses: Counter[str] = Counter()
+        self._plan, self._publish = plan, publish
         self._started = time.time()
-        self._events = (folder / "events.jsonl").open("a", encoding="utf-8")
-        interval_s = 0.5 if sys.stderr.isatty() else 10.0  # a log file gets a line every 10 s
-        self._bar = tqdm(
-            total=num_clips, unit="clip", file=sys.stderr, delay=0.1, mininterval=interval_s
-        )
+        now_s = time.monotonic()
+        self._tally = Tally(num_clips, num_shards, now_s)
         self._columns: set[str] = set()
-        self._encode_s = 0.0
+        self._points: deque[Point] = deque([self._tally.point(now_s)])
+        self._display = Display(num_clips, sys.stderr)
+        self._next_show_s = now_s + self._display.interval_s
+        self._next_sample_s = now_s + SAMPLE_INTERVAL_S
+        write_atomically(self.folder / "config.yaml", dump(config).encode())
+        self._events = EventLog(self.folder / "events.jsonl")
+        self.event(
+            "run",
+            run_id=run_id,
+            plan_id=plan.plan_id,
+            source=plan.source,
+            clips=num_clips,
+            shards=num_shards,
+            settings=TypeAdapter(EncodeConfig).dump_python(config, mode="json"),
+        )
 
     @property
     def num_clips(self) -> int:
-        """Clips done so far, in committed shards and the one under way."""
-        return self.statuses.total() + self._shard_statuses.total()
+        """Clips done so far, in committed shards and those under way."""
+        return self._tally.clips_done
+
+    @property
+    def num_done(self) -> int:
+        """Shards committed so far."""
+        return self._tally.shards_done
 
     @property
     def failed_share(self) -> float:
-        """Share of those clips that could not be encoded."""
-        failed = failures(self.statuses + self._shard_statuses).total()
-        return failed / max(1, self.num_clips)
+        """Share of the clips done so far that could not be encoded."""
+        return self._tally.failed_share
 
     def __enter__(self) -> RunReport:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._bar.close()
-        self._events.close()
         outcome = f"stopped: {kind.__name__}" if kind else "complete"
-        write_json(self.folder / "summary.json", self._summary(outcome))
+        self._sample(time.monotonic())
+        self._tally.take_back_all()
+        summary = self._summary(outcome)
+        self._display.close(self._closing_line(summary))
+        try:
+            self._events.write("end", outcome=outcome)
+            self._events.close()
+            write_json(self.folder / "summary.json", summary)
+            write_page(self.folder)
+        except OSError as error:
+            if kind is None:
+                raise
+            # What ended the run is the news; a full disk may well be the cause of both.
+            print(f"{self.folder} is incomplete: {scrubbed(error)}", file=sys.stderr)
 
     def update(self, news: ShardUpdate) -> None:
-        """Take in one update of a shard."""
-        if news.event == "started":
-            self._bar.update(-self._shard_statuses.total())
-            self._shard_statuses.clear()
-        elif news.event == "clip":
-            self._shard_statuses[news.status] += 1
-            self._bar.update(1)
-            self._bar.set_postfix_str(self._progress(), refresh=False)
-            if news.status != "ok":
-                self._write("clip", key=news.key, status=news.status, message=news.message)
-        elif news.event == "committed":
-            self.statuses += self._shard_statuses
-            self._shard_statuses.clear()
+        """Take in one update of a cell.
+
+        Raises:
+            NoRoomError: the disk is full.
+        """
+        now_s = time.monotonic()
+        is_starting = self._tally.first_news_s is None
+        self._tally.update(news, now_s)
+        if is_starting and self._tally.first_news_s is not None:  # no rate counts the start of Ray
+            self._points = deque([self._tally.point(now_s)])
+        shard = list(news.task) if news.task else None
+        for clip in news.failed:
+            self._events.write(
+                "clip", shard=shard, key=clip.key, status=clip.status, message=clip.message
+            )
+        for note in news.notes:
+            self._events.write("note", cell=news.cell, shard=shard, message=note)
+        if news.event == "committed":
             self._columns |= set(news.committed)
-            self._encode_s += news.encode_s
-            columns = list(news.committed)
-            self._write("shard", shard=news.shard, columns=columns, seconds=round(news.seconds, 3))
+            self._events.write(
+                "shard",
+                shard=shard,
+                cell=news.cell,
+                columns=list(news.committed),
+                seconds=round(news.seconds, 3),
+            )
+        self._tick(now_s)
 
-    def _progress(self) -> str:
-        counts = self.statuses + self._shard_statuses
-        failed, ok = failures(counts).total(), counts["ok"]
-        return f"ok {ok}, failed {failed}, dropped {counts.total() - ok - failed}"
+    def set_cells(self, num_cells: int, num_decoders: int) -> None:
+        """Say how many cells are alive from now on, with how many decoders in all of them."""
+        self._tally.set_cells(num_cells, num_decoders, time.monotonic())
+        self.event("cells", cells=num_cells, decoders=num_decoders)
 
-    def _write(self, event: str, **fields: Any) -> None:
-        record = {"time": round(time.time(), 3), "event": event, **fields}
-        self._events.write(json.dumps(record) + "\n")
+    def lost(self, task: TaskName, attempt: int, reason: str, cell: str = "") -> None:
+        """Say that an attempt of a shard came to nothing: its clips don't count."""
+        self._tally.take_back(task)
+        self._tally.num_lost += 1
+        self.event("lost", shard=list(task), attempt=attempt, cell=cell, message=reason)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Write anything else that is worth a line in events.jsonl."""
+        self._events.write(kind, **fields)
         self._events.flush()
 
+    def _tick(self, now_s: float) -> None:
+        """Show, sample and upload what is due."""
+        self._events.flush()
+        if now_s >= self._next_show_s:
+            self._next_show_s = now_s + self._display.interval_s
+            recent = rates_between(self._points[0], self._tally.point(now_s))
+            self._display.show(self._tally, recent)
+        if now_s >= self._next_sample_s:
+            self._next_sample_s = now_s + SAMPLE_INTERVAL_S
+            self._sample(now_s)
+
+    def _sample(self, now_s: float) -> None:
+        """Write the rates since the last sample."""
+        tally, point = self._tally, self._tally.point(now_s)
+        rates = rates_between(self._points[-1], point)
+        self._points.append(point)
+        while len(self._points) > 2 and self._points[1].time_s < now_s - RATE_WINDOW_S:
+            self._points.popleft()
+        eta_s = tally.eta_s(rates_between(self._points[0], point))
+        self._events.write(
+            "sample",
+            clips=tally.clips_done,
+            shards=tally.shards_done,
+            statuses={name: count for name, count in tally.done.statuses.items() if count},
+            **{name: round(value, 4) for name, value in rates._asdict().items()},
+            bytes_in_flight=tally.bytes_in_flight,
+            cells=tally.num_cells,
+            decoders=tally.num_decoders,
+            eta_s=None if eta_s is None else round(eta_s, 1),
+        )
+        if self._publish:
+            self._publish(tally)
+
     def _summary(self, outcome: str) -> dict[str, Any]:
-        seconds = time.time() - self._started
-        clips = self.statuses.total()
+        seconds, tally, done = time.time() - self._started, self._tally, self._tally.done
+        first, last = tally.first_news_s, tally.at_last_commit
+        cell_s, decoder_s = (last.cell_s, last.decoder_s) if last else (0.0, 0.0)
         return {
             "outcome": outcome,
             "plan_id": self._plan.plan_id,
-            "clips": clips,
-            "statuses": dict(self.statuses),
+            "clips": tally.clips_done,
+            "shards": tally.shards_done,
+            "statuses": {name: count for name, count in done.statuses.items() if count},
             "flagged": dict(self.settled.flagged),
             "duplicates_dropped": self.settled.num_dropped,
             "columns": sorted(self._columns),
+            "cells": tally.most_cells,
+            "decoders": tally.most_decoders,
+            "attempts_lost": tally.num_lost,
             "seconds": round(seconds, 3),
-            "clips_per_s": round(clips / seconds, 3) if seconds > 0 else 0.0,
-            "encode_s": round(self._encode_s, 3),
+            "startup_s": round((first or time.monotonic()) - tally.started_s, 3),
+            "clips_per_s": _ratio(tally.clips_done, seconds),
+            "media_h": round(done.media_s / 3600, 3),
+            "media_h_per_h": _ratio(done.media_s, seconds),
+            "decode_s": round(done.decode_s, 3),
+            "encode_s": round(done.encode_s, 3),
+            "write_s": round(done.write_s, 3),
+            # Of the time that cells and decoders had, from the first shard begun to the last one
+            # committed. Codecs busy all the time would be as fast as codecs alone.
+            "speed_of_light_share": _ratio(done.encode_s, cell_s),
+            "decode_busy_share": _ratio(done.decode_s, decoder_s),
+            "write_share": _ratio(done.write_s, cell_s),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
             "host": platform.node(),
             "python": platform.python_version(),
         }
 
-
-def failures(statuses: Counter[str]) -> Counter[str]:
-    """Return the counts of clips that could not be encoded: not ok, and not by a decision."""
-    return Counter({n: c for n, c in statuses.items() if n != "ok" and n not in DECISIONS})
-
-
-def column_totals(column: fmt.Column, rows_per_shard: list[int]) -> dict[str, Any]:
-    """Sum the commit records of a column: shards, rows, statuses, bytes."""
-    committed = sorted(column.committed_shards())
-    totals: dict[str, Any] = {
-        "column": column.path.name,
-        "shards": len(committed),
-        "shards_planned": len(rows_per_shard),
-        "rows": 0,
-        "ok": 0,
-        "bytes": 0,
-        "statuses": Counter(),
-    }
-    for shard in committed:
-        record = column.committed(shard)
-        totals["rows"] += record["rows"]
-        totals["ok"] += record["ok"]
-        totals["bytes"] += record["tar_bytes"]
-        totals["statuses"].update(record["status_counts"])
-    return totals
+    def _closing_line(self, summary: dict[str, Any]) -> str:
+        took = duration_text(summary["seconds"])
+        return (
+            f"{summary['outcome']}: {summary['clips']:,} clips in {summary['shards']:,} shards in "
+            f"{took}, {summary['clips_per_s']:.3g} clips/s, {summary['media_h_per_h']:.3g} h of "
+            f"clips per hour, encoders busy {summary['speed_of_light_share']:.0%}; "
+            f"{outcome_text(self._tally)}; {self.folder / 'report.html'}"
+        )
 
 
-def print_table(totals: list[dict[str, Any]], flagged: Counter[str]) -> None:
-    """Print the closing table: one line a column, its tombstones by cause, then the flags."""
-    width = max(len(total["column"]) for total in totals)
+def _ratio(value: float, over: float) -> float:
+    return round(value / over, 4) if over > 0 else 0.0
+
+
+def print_table(columns: Mapping[str, tuple[Totals, int]], flagged: Counter[str]) -> None:
+    """Print the closing table: one line a column, its tombstones by cause, then the flags.
+
+    Args:
+        columns: name -> what is committed, and how many shards are planned.
+        flagged: flag -> number of clips.
+    """
+    width = max(map(len, columns))
     heads = f"{'shards':>11}  {'ok':>9}  {'failed':>7}  {'dropped':>7}  {'MB':>9}"
     print(f"{'column':<{width}}  {heads}")
-    for total in totals:
-        shards = f"{total['shards']}/{total['shards_planned']}"
-        failed = failures(total["statuses"])
-        dropped = total["statuses"] - failed - Counter(ok=total["ok"])
+    for name, (total, num_planned) in columns.items():
+        failed = failures(total.statuses)
+        dropped = total.statuses - failed - Counter(ok=total.ok)
         print(
-            f"{total['column']:<{width}}  {shards:>11}  {total['ok']:>9}  {failed.total():>7}  "
-            f"{dropped.total():>7}  {total['bytes'] / 1e6:>9.1f}"
+            f"{name:<{width}}  {f'{total.shards}/{num_planned}':>11}  {total.ok:>9}  "
+            f"{failed.total():>7}  {dropped.total():>7}  {total.bytes / 1e6:>9.1f}"
         )
         for what, counts in (("failed", failed), ("dropped", dropped)):
             if counts:

@@ -1,0 +1,105 @@
+"""events.jsonl of a run: one JSON object a line, appended while the run goes on.
+
+On an object store nothing can be appended: there the file grows in /tmp and goes up as a whole
+from time to time, in a thread of its own, so that the driver never waits for it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from pipeline.shards import naming_a_full_disk
+from pipeline.storage import scrubbed
+
+LOG = logging.getLogger(__name__)
+UPLOAD_INTERVAL_S = 60.0
+# The file goes up whole every time: a long run's takes no more than a 20th of a core for that.
+UPLOAD_SHARE = 0.05
+
+
+class EventLog:
+    """Writes events to ``path``, which is new; a run killed outright loses a minute's at most.
+
+    Args:
+        path: local, or on an object store.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._is_local = isinstance(path, Path)
+        if self._is_local:
+            self._file = path.open("a", encoding="utf-8")
+        else:
+            self._file = tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".jsonl")  # noqa: SIM115
+            self._uploader = ThreadPoolExecutor(1, "upload-events")
+            self._uploaded: Future[None] = Future()
+            self._uploaded.set_result(None)
+            self._next_upload_s = time.monotonic() + UPLOAD_INTERVAL_S
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append an event; readers see it after ``flush``."""
+        record = {"time": round(time.time(), 3), "event": event, **fields}
+        self._file.write(json.dumps(record) + "\n")
+
+    def flush(self) -> None:
+        """Hand on what was written; upload it where that is due.
+
+        Raises:
+            NoRoomError: the disk is full.
+        """
+        with naming_a_full_disk(Path(self._file.name)):
+            self._file.flush()
+        if not self._is_local:
+            self._upload_if_due()
+
+    def close(self) -> None:
+        """Write the rest.
+
+        Raises:
+            NoRoomError: the disk is full.
+            OSError: the object store does not take it.
+        """
+        try:
+            self.flush()
+            if not self._is_local:
+                self._uploader.shutdown()
+                self._upload()
+        finally:
+            self._file.close()
+
+    def _upload_if_due(self) -> None:
+        if time.monotonic() < self._next_upload_s or not self._uploaded.done():
+            return
+        if error := self._uploaded.exception():  # this upload, or that of close(), has it all
+            LOG.warning("%s: %s; trying again", self._path, scrubbed(error))
+        self._uploaded = self._uploader.submit(self._upload)
+
+    def _upload(self) -> None:
+        started_s = time.monotonic()
+        try:
+            with Path(self._file.name).open("rb") as source, self._path.open("wb") as target:
+                shutil.copyfileobj(source, target, 1 << 20)
+        finally:
+            pause_s = max(UPLOAD_INTERVAL_S, (time.monotonic() - started_s) / UPLOAD_SHARE)
+            self._next_upload_s = time.monotonic() + pause_s
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a run, one that is under way or was killed too.
+
+    A last line that is cut off is left out, and so is a file that is not there yet.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
