@@ -6,6 +6,7 @@ Whatever rows and members of tars say, nothing outside the root is read: see ``p
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
@@ -41,6 +42,8 @@ VERSION_FIELDS = frozenset(
         *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "generation", "VersionId"),
     )
 )
+# How object stores say that they or a bucket's quota are full; no standard has a code for it.
+FULL = re.compile(r"quota|storage ?full|insufficient ?storage|no space|free drive", re.IGNORECASE)
 # Between attempts when the network fails; file systems such as s3fs try again themselves, too.
 PAUSES_S = (0.5, 1.0)
 # Decoders must stay small: what one request brings is held in memory.
@@ -61,19 +64,35 @@ def attempt(call: Callable[[], Result]) -> Result:
     """Call a file system, again after a pause when the network fails.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: anything else that a file system may raise, with a message fit for people.
+        FileNotFoundError, FileExistsError: there is no such file, or one already.
+        OSError: anything else that a file system may raise, with a message fit for people;
+            PermissionError and ENOSPC tell the failures that don't pass by themselves.
     """
     for pause_s in (*PAUSES_S, None):
         try:
             return call()
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             raise
         except Exception as error:  # every fsspec file system has exceptions of its own
-            if pause_s is None or isinstance(error, PermissionError):
-                raise OSError(scrubbed(error)) from None
+            failure = as_os_error(error)
+            if pause_s is None or isinstance(failure, PermissionError):
+                raise failure from None
         time.sleep(pause_s)
     raise AssertionError("unreachable")
+
+
+def as_os_error(error: Exception) -> OSError:
+    """Return what any file system raised as one of the errors that ``attempt`` raises."""
+    message = scrubbed(error)
+    response = getattr(error.__cause__, "response", None)  # of S3
+    code = str(response.get("Error", {}).get("Code")) if isinstance(response, dict) else ""
+    if code in ("PreconditionFailed", "412"):  # s3fs knows it from AWS only
+        return FileExistsError(message)
+    if isinstance(error, PermissionError):
+        return PermissionError(errno.EACCES, message)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL.search(code + message):
+        return OSError(errno.ENOSPC, message)
+    return OSError(errno.EIO, message)
 
 
 class RemoteFolder:
@@ -81,6 +100,8 @@ class RemoteFolder:
 
     Attributes:
         root: the URL, see ``pipeline.folders.normal_root``.
+        files: its fsspec file system.
+        path: what that calls the root.
 
     Raises:
         ConfigError: no package is installed for such URLs, or no server answers.
@@ -89,7 +110,7 @@ class RemoteFolder:
     def __init__(self, root: str) -> None:
         self.root = root
         try:
-            self._files, self._path = fsspec.url_to_fs(root, use_listings_cache=False)
+            self.files, self.path = fsspec.url_to_fs(root, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"{root} can't be opened: {scrubbed(error)}. For s3:// install the extra: "
@@ -101,9 +122,10 @@ class RemoteFolder:
                 "the address right, and the network up?"
             ) from None
 
-    def _full(self, uri: str) -> str:
+    def full(self, uri: str) -> str:
+        """Return how the file system names a file."""
         check_uri(uri)
-        return f"{self._path.rstrip('/')}/{quote(uri) if self.root.startswith('http') else uri}"
+        return f"{self.path.rstrip('/')}/{quote(uri) if self.root.startswith('http') else uri}"
 
     def stat(self, uri: str) -> FileStat:
         """Ask for a file's size and version.
@@ -111,8 +133,8 @@ class RemoteFolder:
         Raises:
             FileNotFoundError, OSError, UriError: there is no such file, or it can't be told.
         """
-        path = self._full(uri)
-        info = attempt(lambda: self._info(path))
+        path = self.full(uri)
+        info = attempt(lambda: self.info(path))
         if info.get("type") == "directory":
             raise FileNotFoundError(f"{uri} is a folder")
         if info.get("size") is None:
@@ -120,10 +142,10 @@ class RemoteFolder:
         version = sorted(f"{name}={info[name]}" for name in VERSION_FIELDS & info.keys())
         return FileStat(int(info["size"]), " ".join(version))
 
-    def _info(self, path: str) -> dict[str, Any]:
+    def info(self, path: str) -> dict[str, Any]:
         """fsspec calls every failure of an http request a missing file; only 404 and 410 are."""
         try:
-            return self._files.info(path)
+            return self.files.info(path)
         except FileNotFoundError as error:
             cause, is_http = error.__cause__, self.root.startswith("http")
             if is_http and cause and getattr(cause, "status", None) not in (404, 410):
@@ -136,10 +158,10 @@ class RemoteFolder:
         Raises:
             FileNotFoundError, OSError, UriError: also where other bytes come than were asked for.
         """
-        path = self._full(uri)
+        path = self.full(uri)
         if not size:
             return b""
-        data = attempt(lambda: self._files.cat_file(path, start=start, end=start + size))
+        data = attempt(lambda: self.files.cat_file(path, start=start, end=start + size))
         if len(data) != size:
             raise OSError(
                 f"{uri}: asked for {size} bytes from byte {start} on, got {len(data)}; the file "
@@ -159,15 +181,15 @@ class RemoteFolder:
         """
         if self.root.startswith("http"):
             found, deepest = attempt(self._walk_pages)
-            if deepest.count("/") - self._path.count("/") > MAX_PAGE_DEPTH:
+            if deepest.count("/") - self.path.count("/") > MAX_PAGE_DEPTH:
                 raise OSError(
                     f"pages link to folders in folders without end, such as …{deepest[-80:]}; "
                     f"expected {MAX_PAGE_DEPTH} levels at most: name a folder further down, or "
                     "list the files in a table"
                 )
         else:
-            found = attempt(lambda: self._files.find(self._path))
-        root = self._path.rstrip("/") + "/"
+            found = attempt(lambda: self.files.find(self.path))
+        root = self.path.rstrip("/") + "/"
         uris = [name.removeprefix(root) for name in found if name.startswith(root)]
         uris = [uri for uri in uris if uri and not uri.endswith("/")]
         if self.root.startswith("http"):  # index pages link to themselves, sorted otherwise
@@ -177,11 +199,11 @@ class RemoteFolder:
 
     def _walk_pages(self) -> tuple[list[str], str]:
         """Return the files that index pages link to, and the deepest folder; stops too deep."""
-        found, deepest = [], self._path
-        for folder, _, files in self._files.walk(self._path, detail=True):
+        found, deepest = [], self.path
+        for folder, _, files in self.files.walk(self.path, detail=True):
             found += [info["name"] for info in files.values()]
             deepest = max(deepest, folder, key=lambda name: name.count("/"))
-            if deepest.count("/") - self._path.count("/") > MAX_PAGE_DEPTH:
+            if deepest.count("/") - self.path.count("/") > MAX_PAGE_DEPTH:
                 break
         return found, deepest
 
