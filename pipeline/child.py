@@ -1,7 +1,7 @@
 """A function called in a child process, which may hang or die over it.
 
 Media decoders run native code: it can sleep with the interpreter's lock held or crash, and only
-another process survives that. ``pipeline.cells`` does the same with Ray's actors, with the same
+another process survives that. ``pipeline.decoders`` does the same with Ray's actors, with the same
 words for it.
 """
 
@@ -26,6 +26,15 @@ def took_too_long(timeout_s: float) -> ClipError:
         "decode_timeout",
         f"not decoded in {timeout_s:g} s and stopped, expected less: damaged, or decode_timeout_s "
         "is too short for it",
+    )
+
+
+def not_fetched(timeout_s: float) -> ClipError:
+    """Return what is wrong with a clip whose file did not come."""
+    return ClipError(
+        "unreadable",
+        f"not fetched in {timeout_s:g} s and stopped, expected less: slow network or server, or "
+        "fetch_timeout_s is too short for it",
     )
 
 

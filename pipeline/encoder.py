@@ -1,186 +1,189 @@
-"""One shard from decoded clips to committed columns: plain code that Ray only moves.
+"""The encoder of a cell: one loop that turns tasks into committed shards, decoders always busy.
 
-Rows are written in plan order whatever the order they were decoded in, a bad clip becomes a
-tombstone, and all wanted columns of the shard are committed together after its facts. Where an
-earlier run left facts of a clip that was whole, they decide the verdict and stay as they are.
+While the last clips of a shard are encoded, decoders have those of the next one, and the shard
+before is being committed in a thread. Rows are written in plan order whatever happens.
 """
 
 from __future__ import annotations
 
-import platform
+import itertools
+import queue
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 
-import numpy as np
-
-from pipeline import format as fmt
-from pipeline.captions import caption_key
-from pipeline.checks import (
-    clip_status,
-    facts_row,
-    is_settled,
-    judge,
-    read_facts,
-    verdict_without_decoding,
-    with_facts,
-    write_facts,
-)
-from pipeline.codecs import Codec, build_codec
+from pipeline.batching import Batcher, Encoded
+from pipeline.codecs import build_codec
+from pipeline.data_root import open_root
 from pipeline.jobs import Job, ShardTask, ShardUpdate
-from pipeline.media import Clip, Decoded
-from pipeline.shards import ShardWriter, create_column
+from pipeline.open_shard import OpenShard, Row
+from pipeline.pool import Pool
+from pipeline.shards import create_column
 
-DecodeAll = Callable[[list[Clip], list[int], set[str]], Iterator[tuple[int, Decoded] | None]]
+HEARTBEAT_S = 5.0  # an encoder is never silent for longer, but in a codec
+UPDATE_S = 0.5  # between two updates on the progress of a shard
+COMMIT_WAIT_S = 0.05
+# Shards with rows to write: the one being encoded, and the next, whose clips are decoded ahead.
+MAX_OPEN_SHARDS = 2
+# Rows that are made ready ahead of the encoder, and how many at a time: each may ask the disk.
+ROWS_AHEAD = 512
+ROWS_AT_ONCE = 64
 
 
 class ShardEncoder:
     """Encodes shards with the codecs of a job, which are built once."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._codecs: dict[str, Codec] = {
-            modality: build_codec(spec.codec, spec.preprocessing)
+    def __init__(self, job: Job, pool: Pool) -> None:
+        self._job, self._pool, self._media = job, pool, job.media_store()
+        self._batchers = {
+            modality: Batcher[Row](
+                modality, build_codec(spec.codec, spec.preprocessing), job.batch.get(modality, 1)
+            )
             for modality, spec in job.columns.items()
         }
-        self._media = job.media_store()
+        self._root = open_root(job.root)
+        self._columns = {
+            modality: create_column(self._root, spec, job.plan_id)
+            for modality, spec in job.columns.items()
+        }
+        self._tickets = itertools.count()
+        self._open: list[OpenShard] = []
+        self._ahead: deque[Row] = deque()  # in plan order, not judged yet
+        self._unwritten: deque[Row] = deque()  # judged; of those that wait for a batch, the oldest
+        self._held_bytes = 0  # of frames and sound behind these
+        self._commits: deque[tuple[OpenShard, Future[ShardUpdate]]] = deque()
+        self._updates: list[ShardUpdate] = []
+        self._is_last, self._reported_s, self._heard_s = False, 0.0, 0.0
 
-    def encode(self, task: ShardTask, decode_all: DecodeAll) -> Iterator[ShardUpdate]:
-        """Write and commit the task's columns.
+    def run(self, mailbox: queue.SimpleQueue[ShardTask | None]) -> Iterator[ShardUpdate]:
+        """Encode and commit the tasks that come, until None comes; all wait for the first error.
+
+        Yields:
+            News of the tasks, see `ShardUpdate`, every `HEARTBEAT_S` seconds at least.
 
         Raises:
-            NoRoomError: the disk is full; nothing of this shard is published.
+            NoRoomError: the disk is full; nothing of the shards not committed is published.
+            OSError, FormatError: a shard can't be written.
+            CellLostError: the GPU failed.
         """
-        started = time.monotonic()
-        self._encode_s = 0.0
-        with ExitStack() as stack:
-            writers = {}
-            for modality in task.modalities:
-                spec = self._job.columns[modality]
-                column = create_column(Path(self._job.root), spec, self._job.plan_id)
-                writers[modality] = stack.enter_context(
-                    ShardWriter(column, task.shard, f"{self._job.run_id}-{task.attempt}")
-                )
-            if task.modalities == ("text",):
-                self._write_captions(task, writers["text"])
-            else:
-                yield from self._write_clips(task, writers, decode_all)
-            seconds = time.monotonic() - started
-            extra = {
-                "run_id": self._job.run_id,
-                "host": platform.node(),
-                "seconds": round(seconds, 3),
-                "encode_s": round(self._encode_s, 3),
-                "numpy": np.__version__,
-            }
-            names = tuple(
-                self._job.columns[modality].directory
-                for modality, writer in writers.items()
-                if writer.commit(extra)
-            )
-        yield ShardUpdate(
-            "committed",
-            task.shard,
-            committed=names,
-            seconds=seconds,
-            encode_s=self._encode_s,
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as committer:
+            try:
+                while not self._is_last or self._open or self._commits:
+                    self._receive(mailbox)
+                    self._look_ahead()
+                    self._work()
+                    self._commit(committer)
+                    yield from self._news()
+            finally:
+                committer.shutdown(cancel_futures=True)
+                for shard in (*self._open, *(shard for shard, _ in self._commits)):
+                    shard.close()
+
+    def _receive(self, mailbox: queue.SimpleQueue[ShardTask | None]) -> None:
+        """Open the task that came; wait for one where there is nothing else to do."""
+        if self._is_last:
+            if not self._open:
+                wait([future for _, future in self._commits], COMMIT_WAIT_S)
+            return
+        if len(self._open) == MAX_OPEN_SHARDS:
+            return
+        idle_s = COMMIT_WAIT_S if self._commits else HEARTBEAT_S
+        try:
+            task = mailbox.get(timeout=0 if self._open else idle_s)
+        except queue.Empty:
+            return
+        if task is None:
+            self._is_last = True
+            return
+        self._open.append(
+            OpenShard(self._job, task, self._root, self._columns, self._media, self._tickets)
         )
 
-    def _write_captions(self, task: ShardTask, writer: ShardWriter) -> None:
-        dtype = self._job.columns["text"].dtype
-        for caption in task.captions:
-            latent = self._codecs["text"].encode([caption])[0].astype(dtype)
-            writer.add(caption_key(caption), latent)
+    def _look_ahead(self) -> None:
+        """Make rows ready, and give the decoders their clips."""
+        if len(self._ahead) >= ROWS_AHEAD:
+            return
+        unread = (row for shard in self._open for row in iter(shard.next_row, None))
+        rows = list(itertools.islice(unread, ROWS_AT_ONCE))
+        self._ahead += rows
+        self._pool.submit(row.item for row in rows if row.item)
 
-    def _write_clips(
-        self, task: ShardTask, writers: dict[str, ShardWriter], decode_all: DecodeAll
-    ) -> Iterator[ShardUpdate]:
-        facts_folder = Path(self._job.root) / self._job.facts
-        stored = read_facts(facts_folder, task.shard)
-        known = [
-            row if row and is_settled(row) else None for row in stored or [None] * len(task.clips)
-        ]
-        facts, early, next_row = [], dict[int, Decoded](), 0
-        for found in self._decoded(task, known, set(writers), decode_all):
-            if found is None:
-                yield ShardUpdate("alive", task.shard)
-                continue
-            early[found[0]] = found[1]
-            while next_row in early:
-                decoded, clip = early.pop(next_row), task.clips[next_row]
-                judged = judge(with_facts(decoded, known[next_row]), self._job.checks)
-                facts.append(known[next_row] or facts_row(next_row, clip, judged))
-                next_row += 1
-                problems = self._write_row(clip, judged, writers)
-                yield ShardUpdate("clip", task.shard, clip.key, *clip_status(problems))
-        if facts != stored:
-            write_facts(facts_folder, task.shard, facts)
+    def _work(self) -> None:
+        """Do one thing: encode a batch that is not full if it must be, or take the next row.
 
-    def _decoded(
-        self,
-        task: ShardTask,
-        known: list[dict[str, Any] | None],
-        wanted: set[str],
-        decode_all: DecodeAll,
-    ) -> Iterator[tuple[int, Decoded] | None]:
-        """Decode the clips, but not those whose file is not there or whose facts say enough.
-
-        Facts are measured on both modalities, whatever columns this run writes.
+        It must be where no other row comes soon, or where frames that wait for neighbours keep
+        the decoders from working.
         """
-        there = []
-        if None in known:
-            wanted = {"video", "audio"}
-        for row, clip in enumerate(task.clips):
-            facts = known[row]
-            verdict = verdict_without_decoding(facts, self._job.checks) if facts else None
-            if verdict:
-                yield row, verdict
-            elif self._media.is_missing(clip.uri):
-                found = f"no file {clip.uri} in {self._job.media_root}"
-                yield row, Decoded.failed("missing", f"{found}, expected the clip's media")
-            else:
-                there.append(row)
-        yield from decode_all(task.clips, there, wanted)
+        while self._unwritten and not self._unwritten[0].waiting:
+            self._unwritten.popleft()
+        if self._unwritten and (not self._ahead or 2 * self._held_bytes >= self._job.window_bytes):
+            row = self._unwritten[0]
+            for modality in tuple(row.waiting):
+                self._settle(modality, self._batchers[modality].flush(row))
+        elif self._ahead and self._is_decoded(self._ahead[0]):
+            self._take(self._ahead.popleft())
 
-    def _write_row(
-        self, clip: Clip, decoded: Decoded, writers: dict[str, ShardWriter]
-    ) -> dict[str, tuple[str, str]]:
-        """Write one row of every column; return why columns have no latent, by modality.
+    def _is_decoded(self, row: Row) -> bool:
+        """Return whether the next row is there; wait for it a little."""
+        if row.item and row.decoded is None and (found := self._pool.poll(UPDATE_S)):
+            item, row.decoded = found
+            assert item is row.item, "the pool keeps the order"
+        return row.item is None or row.decoded is not None
 
-        What a codec finds is no fact about the clip: another codec may do.
-        """
-        problems = {m: problem for m, problem in decoded.problems.items() if m in writers}
-        media = {"video": decoded.frames, "audio": decoded.sound}
-        for modality, writer in writers.items():
-            latent = None
-            if modality not in problems:
-                latent, problem = self._encode_one(modality, media[modality])
-                if problem:
-                    problems[modality] = problem
-            code = fmt.STATUS_CODE[problems[modality][0]] if modality in problems else fmt.OK
-            writer.add(clip.key, latent, code)
-        return problems
+    def _take(self, row: Row) -> None:
+        if row.shard.started_s is None:
+            row.shard.started_s = time.monotonic()
+            self._updates.append(ShardUpdate("started", task=row.shard.task.name))
+        self._unwritten.append(row)
+        if row.item:
+            self._held_bytes += row.item.num_bytes
+        media = row.shard.judge(row)
+        for modality in tuple(media):
+            self._settle(modality, self._batchers[modality].add(row, media.pop(modality)))
+        self._write(row.shard)
 
-    def _encode_one(
-        self, modality: str, item: Any
-    ) -> tuple[np.ndarray | None, tuple[str, str] | None]:
-        """Return the latent of frames or sound, or why there is none."""
-        started, codec = time.perf_counter(), self._codecs[modality]
-        latent = codec.encode([item])[0]
-        if latent.shape[0] == 0:
-            decode, is_video = self._job.decode, modality == "video"
-            found = f"{len(item)} frames" if is_video else f"{item.shape[1]} samples"
-            needed = (decode.fps if is_video else decode.sample_rate) / codec.rate_hz
-            return None, ("too_short", f"{found}, expected {needed:g} for one latent at least")
-        with np.errstate(over="ignore"):  # found below
-            stored = np.ascontiguousarray(latent, dtype=self._job.columns[modality].dtype)
-        self._encode_s += time.perf_counter() - started
-        if not np.isfinite(stored).all():
-            peak = float(np.abs(np.nan_to_num(latent, posinf=np.inf, neginf=-np.inf)).max())
-            return None, (
-                "nonfinite",
-                f"a {modality} latent of {peak:.3g}, expected what {stored.dtype} can hold",
-            )
-        return stored, None
+    def _settle(self, modality: str, encoded: list[tuple[Row, Encoded]]) -> None:
+        for row, result in encoded:
+            row.shard.settle(row, modality, result)
+        for shard in {id(row.shard): row.shard for row, _ in encoded}.values():
+            self._write(shard)
+
+    def _write(self, shard: OpenShard) -> None:
+        for row in shard.write():
+            if row.item:
+                self._held_bytes -= row.item.num_bytes
+                self._pool.release(row.item)
+
+    def _commit(self, committer: ThreadPoolExecutor) -> None:
+        """Commit the shards that are written, in the background, and tell of those that are."""
+        for shard in [shard for shard in self._open if shard.is_written]:
+            self._open.remove(shard)
+            if update := shard.progress():  # the commit may take long
+                self._updates.append(update)
+            self._commits.append((shard, committer.submit(shard.commit)))
+        while self._commits and self._commits[0][1].done():
+            self._updates.append(self._commits[0][1].result())
+            self._commits.popleft()
+
+    def _news(self) -> Iterator[ShardUpdate]:
+        """Yield what happened, what moved since half a second ago, or a sign of life."""
+        now = time.monotonic()
+        updates, self._updates = self._updates, []
+        if now - self._reported_s >= UPDATE_S:
+            self._reported_s = now
+            updates += self._progress()
+        if not updates and now - self._heard_s >= HEARTBEAT_S:
+            updates = [ShardUpdate("alive")]
+        for update in updates:
+            self._heard_s = now
+            notes = [note for batcher in self._batchers.values() for note in batcher.take_notes()]
+            in_flight = self._pool.bytes_in_flight
+            yield replace(update, bytes_in_flight=in_flight, notes=tuple(notes))
+
+    def _progress(self) -> Iterator[ShardUpdate]:
+        """Yield what moved in the shards that are not being committed: these tell by themselves."""
+        for shard in self._open:
+            if update := shard.progress():
+                yield update

@@ -1,0 +1,293 @@
+"""One shard being written: its rows in plan order, a bad clip's as a tombstone, and its facts.
+
+Where an earlier run left facts of a clip that was whole, they decide the verdict and stay as they
+are. All columns are committed together, after the facts.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import format as fmt
+from pipeline.batching import Encoded
+from pipeline.captions import caption_key
+from pipeline.checks import (
+    facts_row,
+    is_settled,
+    judge,
+    read_facts,
+    verdict_without_decoding,
+    with_facts,
+    write_facts,
+)
+from pipeline.jobs import FailedClip, Job, ShardTask, ShardUpdate
+from pipeline.media import Clip, Decoded
+from pipeline.pool import Item
+from pipeline.shards import ShardWriter
+from pipeline.storage import MediaStore
+
+
+@dataclass(eq=False)
+class Row:
+    """A clip or a caption on its way into its shard.
+
+    Attributes:
+        item: what decoders are given; None where there is nothing to decode.
+        decoded: what they found, or what is known without them; None before, and once judged.
+        lengths: frames and samples.
+        waiting: modalities that wait for their codec.
+        latents: by modality, as they are stored.
+        problems: modality -> (status, message) where there is no latent.
+    """
+
+    shard: OpenShard
+    number: int
+    key: str
+    clip: Clip | None = None
+    item: Item | None = None
+    decoded: Decoded | None = None
+    caption: str = ""
+    lengths: dict[str, int] = field(default_factory=dict)
+    waiting: set[str] = field(default_factory=set)
+    latents: dict[str, np.ndarray] = field(default_factory=dict)
+    problems: dict[str, tuple[str, str]] = field(default_factory=dict)
+    media_s: float = 0.0
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+
+
+@dataclass
+class _News:
+    """Counters of ``ShardUpdate``."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    failed: tuple[FailedClip, ...] = ()
+    media_s: float = 0.0
+    decode_s: float = 0.0
+    encode_s: float = 0.0
+    write_s: float = 0.0
+
+
+class OpenShard:
+    """The columns of a task, from their first row to their commit.
+
+    Used by one thread until all is written; `commit` may run in another.
+
+    Args:
+        job: of the run.
+        root: its data set.
+        columns: of the task's modalities.
+        media: where the clips' files are.
+        tickets: numbers for the pool's items.
+
+    Attributes:
+        started_s: when its first row was begun with, of the monotonic clock, or None.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        task: ShardTask,
+        root: Path,
+        columns: dict[str, fmt.Column],
+        media: MediaStore,
+        tickets: Iterator[int],
+    ) -> None:
+        self.task = task
+        self.started_s: float | None = None
+        self._job, self._media, self._tickets = job, media, tickets
+        self._facts_folder = root / job.facts
+        attempt = f"{job.run_id}-{task.attempt}"
+        with ExitStack() as stack:
+            self._writers = {
+                modality: stack.enter_context(ShardWriter(columns[modality], task.shard, attempt))
+                for modality in task.modalities
+            }
+            self._stack = stack.pop_all()
+        is_text = task.modalities == ("text",)
+        self._stored = None if is_text else read_facts(self._facts_folder, task.shard)
+        self._known = [
+            row if row and is_settled(row) else None
+            for row in self._stored or [None] * len(task.clips)
+        ]
+        self._facts: list[dict[str, Any]] = []
+        self._judged: deque[Row] = deque()  # and not written
+        self._num_left = len(task.captions if is_text else task.clips)
+        self._decode_s = self._encode_s = 0.0
+        self._news = _News()
+        self._unread = self._caption_rows() if is_text else self._clip_rows()
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all rows are written, and nothing but the commit is left to do."""
+        return self._num_left == 0
+
+    def next_row(self) -> Row | None:
+        """Return the next row in plan order, or None after the last."""
+        return next(self._unread, None)
+
+    def judge(self, row: Row) -> dict[str, Any]:
+        """Judge the next row that was decoded; return what of it is to be encoded, by modality.
+
+        Facts are measured on both modalities, whatever columns this run writes.
+        """
+        self._judged.append(row)
+        if row.clip is None:
+            media: dict[str, Any] = {"text": row.caption}
+        else:
+            assert row.decoded is not None
+            known, row.decode_s = self._known[row.number], row.decoded.seconds
+            judged = judge(with_facts(row.decoded, known), self._job.checks)
+            self._facts.append(known or facts_row(row.number, row.clip, judged))
+            row.problems = {m: why for m, why in judged.problems.items() if m in self._writers}
+            row.media_s = judged.facts.get("duration_s") or 0.0
+            media = {"video": judged.frames, "audio": judged.sound}
+            for modality, axis in (("video", 0), ("audio", 1)):
+                if media[modality] is not None:
+                    row.lengths[modality] = media[modality].shape[axis]
+        row.decoded = None
+        row.waiting = set(self._writers) - set(row.problems)
+        return {modality: media[modality] for modality in self._writers if modality in row.waiting}
+
+    def settle(self, row: Row, modality: str, encoded: Encoded) -> None:
+        """Note what a codec made of a row.
+
+        What it finds is no fact about the clip: another codec may do.
+        """
+        problem, latent = encoded.problem, None
+        if encoded.latent is not None:
+            latent, problem = self._stored_latent(row, modality, encoded.latent)
+        if problem is not None:
+            row.problems[modality] = problem
+        elif latent is not None:
+            row.latents[modality] = latent
+        row.encode_s += encoded.seconds
+        row.waiting.remove(modality)
+
+    def write(self) -> list[Row]:
+        """Write the rows that are complete, in plan order, and return them.
+
+        Raises:
+            NoRoomError: the disk is full; nothing of this shard is published.
+        """
+        written = []
+        while self._judged and not self._judged[0].waiting:
+            row, started = self._judged.popleft(), time.perf_counter()
+            for modality, writer in self._writers.items():
+                code = fmt.OK
+                if modality in row.problems:
+                    code = fmt.STATUS_CODE[row.problems[modality][0]]
+                writer.add(row.key, row.latents.pop(modality, None), code)
+            self._count(row, time.perf_counter() - started)
+            self._num_left -= 1
+            written.append(row)
+        return written
+
+    def commit(self) -> ShardUpdate:
+        """Publish facts and columns, and tell so; none is named that another writer was first with.
+
+        Raises:
+            NoRoomError: the disk is full.
+        """
+        started = time.perf_counter()
+        with self._stack:
+            extra = {
+                "run_id": self._job.run_id,
+                "host": platform.node(),
+                "seconds": round(self.seconds, 3),
+                "decode_s": round(self._decode_s, 3),
+                "encode_s": round(self._encode_s, 3),
+                "numpy": np.__version__,
+            }
+            if self.task.clips:
+                extra["facts"] = self._job.facts
+                if self._facts != self._stored:
+                    write_facts(self._facts_folder, self.task.shard, self._facts)
+            names = tuple(
+                self._job.columns[modality].directory
+                for modality, writer in self._writers.items()
+                if writer.commit(extra)
+            )
+        news, self._news = self._news, _News()
+        news.write_s += time.perf_counter() - started
+        return ShardUpdate(
+            "committed", task=self.task.name, **vars(news), committed=names, seconds=self.seconds
+        )
+
+    def close(self) -> None:
+        """Remove what is not published."""
+        self._stack.close()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since its first row was begun with."""
+        return time.monotonic() - self.started_s if self.started_s is not None else 0.0
+
+    def progress(self) -> ShardUpdate | None:
+        """Return the news since the last call, if there are any."""
+        if not self._news.statuses:
+            return None
+        news, self._news = self._news, _News()
+        return ShardUpdate("progress", task=self.task.name, **vars(news))
+
+    def _clip_rows(self) -> Iterator[Row]:
+        """Decoders get no clip whose file is not there or whose facts say enough."""
+        whole = None not in self._known
+        wanted = frozenset(self._writers if whole else ("video", "audio"))
+        for number, clip in enumerate(self.task.clips):
+            facts, row = self._known[number], Row(self, number, clip.key, clip)
+            row.decoded = verdict_without_decoding(facts, self._job.checks) if facts else None
+            if row.decoded is None and self._media.is_missing(clip.uri):
+                found = f"no file {clip.uri} in {self._job.media_root}"
+                row.decoded = Decoded.failed("missing", f"{found}, expected the clip's media")
+            if row.decoded is None:
+                row.item = Item(next(self._tickets), clip, wanted, self._job.clip_bytes(clip))
+            yield row
+
+    def _caption_rows(self) -> Iterator[Row]:
+        for number, caption in enumerate(self.task.captions):
+            yield Row(self, number, caption_key(caption), caption=caption)
+
+    def _stored_latent(
+        self, row: Row, modality: str, latent: np.ndarray
+    ) -> tuple[np.ndarray | None, tuple[str, str] | None]:
+        """Return a latent as it is stored, or why it can't be."""
+        spec = self._job.columns[modality]
+        if latent.shape[0] == 0 and modality in row.lengths:
+            decode, is_video = self._job.decode, modality == "video"
+            found = f"{row.lengths[modality]} {'frames' if is_video else 'samples'}"
+            needed = (decode.fps if is_video else decode.sample_rate) / spec.rate_hz
+            return None, ("too_short", f"{found}, expected {needed:g} for one latent at least")
+        with np.errstate(over="ignore"):  # found below
+            stored = np.ascontiguousarray(latent, dtype=spec.dtype)
+        if not np.isfinite(stored).all():
+            peak = float(np.abs(np.nan_to_num(latent, posinf=np.inf, neginf=-np.inf)).max())
+            return None, (
+                "nonfinite",
+                f"a {modality} latent of {peak:.3g}, expected what {stored.dtype} can hold",
+            )
+        return stored, None
+
+    def _count(self, row: Row, write_s: float) -> None:
+        problems = row.problems
+        status, message = next((problems[m] for m in fmt.MODALITIES if m in problems), ("ok", ""))
+        self._decode_s += row.decode_s
+        self._encode_s += row.encode_s
+        news = self._news
+        news.statuses[status] += 1
+        if status != "ok":
+            news.failed += (FailedClip(row.key, status, message),)
+        if len(problems) < len(self._writers):
+            news.media_s += row.media_s
+        news.decode_s += row.decode_s
+        news.encode_s += row.encode_s
+        news.write_s += write_s
