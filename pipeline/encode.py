@@ -5,6 +5,7 @@ Run the same command again to go on after any kind of stop: shards that are comm
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shlex
@@ -53,7 +54,8 @@ def advise(request: Request, config: EncodeConfig) -> None:
     """Print the rates of decoding and encoding here, and how many decoders an encoder needs."""
     from pipeline.calibrate import calibrate, calibration_text  # loads torch
 
-    print(calibration_text(calibrate(open_source(request.src, config), config)))
+    found = calibrate(open_source(request.src, config), config)
+    print(json.dumps(asdict(found), indent=2) if request.as_json else calibration_text(found))
 
 
 def encode(request: Request, config: EncodeConfig) -> str | None:
@@ -90,7 +92,7 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
 
         job = make_job(request, source, plan, run_id, specs, config)
         num_clips = sum(item.rows for item in work if not item.is_text)
-        publish = Telemetry().publish
+        publish = Telemetry(run_id).publish
         with RunReport(root, run_id, plan, num_clips, len(work), config, publish) as report:
             given_up = run(job, plan, work, config, request.address, report)
             report.settled = settled = settle(plan, columns, root / job.facts, config)

@@ -23,7 +23,7 @@ class Request:
         retry_failed: shards with clips failed in these ways count as not committed.
         shards, limit: the part of the work to do, see ``pipeline.work.restrict``.
         address: of a Ray cluster; None starts one on this machine.
-        calibrate: measure and advise only.
+        calibrate: measure and advise only; as_json: print what was found for programs.
     """
 
     src: str
@@ -34,6 +34,7 @@ class Request:
     limit: int | None = None
     address: str | None = None
     calibrate: bool = False
+    as_json: bool = False
 
 
 def parse(argv: list[str]) -> tuple[Request, EncodeConfig]:
@@ -56,6 +57,8 @@ def parse(argv: list[str]) -> tuple[Request, EncodeConfig]:
         overrides.append(f"columns=[{arguments.columns}]")
     if arguments.media is not None:
         overrides.append(f"media={arguments.media}")
+    if arguments.json and not arguments.calibrate:
+        raise ConfigError("--json goes with --calibrate; pipeline.status DIR --json sums up a run")
     request = Request(
         src=arguments.src,
         out=arguments.out,
@@ -65,6 +68,7 @@ def parse(argv: list[str]) -> tuple[Request, EncodeConfig]:
         limit=arguments.limit,
         address=arguments.address,
         calibrate=arguments.calibrate,
+        as_json=arguments.json,
     )
     return request, load(EncodeConfig, arguments.config, overrides)
 
@@ -116,6 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="encode a few clips, print the rates of decoding and encoding, advise `decoders`; "
         "writes nothing",
     )
+    add("--json", action="store_true", help="with --calibrate: print JSON for programs")
     add("settings", nargs="*", metavar="key=value", help="settings, dotted names")
     return parser
 

@@ -19,7 +19,7 @@ SOURCES = sorted(
 # Which files may import a heavy dependency, wherever in the file.
 IMPORTERS = {
     "ray": {
-        *(f"pipeline/{name}.py" for name in ("cells", "decoders", "telemetry")),
+        *(f"pipeline/{name}.py" for name in ("cells", "decoders", "fleet", "telemetry")),
         *("tools/bench_encode.py", "tools/peers_encode.py", "tools/chaos.py"),
     },
     "deepspeed": {"train/engine.py"},
@@ -29,8 +29,7 @@ IMPORTERS = {
         *("tools/bench_decode.py", "tools/contenders.py"),
     },
     "torchaudio": {"pipeline/audio.py"},
-    "fsspec": {"pipeline/storage.py", "pipeline/data_root.py"},
-    "upath": {"pipeline/data_root.py"},
+    "fsspec": {"pipeline/storage.py"},
 }
 TRAIN_MAY_IMPORT = {"pipeline", "pipeline.files", "pipeline.format", "pipeline.settings"}
 SAMPLE_MAY_IMPORT = TRAIN_MAY_IMPORT | {"pipeline.codecs", "pipeline.gallery"}
@@ -45,7 +44,6 @@ DEPENDENCIES = {
         "torch",
         "torchaudio",
         "tqdm",
-        "upath",
         "webdataset",
     ),
 }
