@@ -1,0 +1,113 @@
+"""What lies in a data set though no commit record names it: temporaries, losers' uploads, tars.
+
+A killed writer leaves its temporaries; a lost race leaves an upload on an object store; a commit
+that was taken back leaves its tar and index. ``pipeline.status`` lists them, ``pipeline.gc``
+removes them.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import format as fmt
+from pipeline.captions import CAPTIONS_NAME
+from pipeline.files import scan
+from pipeline.records import CommitRecord
+
+# How our writers name what they have not published yet, and what only a record makes valid.
+TEMPORARY = re.compile(r"\.[A-Za-z0-9_.-]+\.tmp")
+SHARD_FILE = re.compile(r"(\d{6,})(\.[A-Za-z0-9_-]+)?\.(tar|idx\.npy)")
+RECORD = re.compile(r"(\d{6,})\.json")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file or folder of a data set.
+
+    Attributes:
+        path: where it is.
+        num_bytes: its size.
+        age_s: seconds since it was written; None where an object store does not tell.
+        is_file: whether it is a plain file: no folder and no link.
+    """
+
+    path: Path
+    num_bytes: int
+    age_s: float | None
+    is_file: bool
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is named as our writers name what a record must name, or what is temporary."""
+        name = self.path.name
+        return self.is_file and bool(TEMPORARY.fullmatch(name) or SHARD_FILE.fullmatch(name))
+
+    def told(self, root: Path) -> dict[str, Any]:
+        """Return what programs are told of it."""
+        age_s = None if self.age_s is None else round(self.age_s, 1)
+        name = str(self.path).removeprefix(str(root)).lstrip("/")
+        return {"file": name, "bytes": self.num_bytes, "age_s": age_s}
+
+
+def entries(folder: Path) -> dict[str, Any]:
+    """List a folder by name, as `files.scan` does; empty where there is none."""
+    try:
+        return {entry.name: entry for entry in scan(folder)}
+    except FileNotFoundError:
+        return {}
+
+
+def look_at(folder: Path, entry: Any) -> Found | None:
+    """Return what an entry of a folder is, or None where it has gone meanwhile."""
+    try:
+        facts = entry.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    age_s = max(0.0, time.time() - facts.st_mtime) if facts.st_mtime else None
+    return Found(folder / entry.name, facts.st_size, age_s, stat.S_ISREG(facts.st_mode))
+
+
+def all_files(folder: Path, listed: dict[str, Any]) -> list[Found]:
+    """Return what ``listed`` entries of a folder are, sorted; those that have gone are left out."""
+    looked_at = (look_at(folder, entry) for _, entry in sorted(listed.items()))
+    return [found for found in looked_at if found]
+
+
+def temporaries(folder: Path) -> list[Found]:
+    """Return a folder's hidden files, sorted: temporaries of its writers."""
+    listed = entries(folder).items()
+    hidden = {name: e for name, e in listed if name.startswith(".") and not e.is_dir()}
+    return all_files(folder, hidden)
+
+
+class ColumnFiles:
+    """Tells the files of a column that its records name from the others.
+
+    The folder is listed first, the records are read after: a shard that is committed meanwhile
+    leaves nothing over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.there = folder, entries(folder)
+        self._named = {"column.json", CAPTIONS_NAME}
+        self._unreadable = set[str]()
+
+    def claim(self, shard: int, record: CommitRecord | None) -> None:
+        """Take out what a shard's record names; all of the shard where it can't be read."""
+        stem = fmt.shard_name(shard)
+        self._named.add(f"{stem}.json")
+        if record is None:
+            self._unreadable.add(stem)
+        else:
+            self._named |= {record.tar, record.index}
+
+    def orphans(self) -> list[Found]:
+        """Return what no record names, sorted by name."""
+        names = self.there.keys() - self._named
+        left = {name for name in names if name.partition(".")[0] not in self._unreadable}
+        return all_files(self.folder, {name: self.there[name] for name in left})
