@@ -30,11 +30,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.child import START_TIMEOUT_S, died, not_fetched, took_too_long
 from pipeline.jobs import Job
 from pipeline.media import Clip, ClipError, Decoded, DecodeSettings
-from pipeline.pool import CellError, CellLostError, Item, Line
+from pipeline.pool import MAX_CLIP_ATTEMPTS, CellError, CellLostError, Item, Line
 from pipeline.storage import MediaStore
 
-# A clip whose decoder died or hung this often is quarantined.
-MAX_CLIP_ATTEMPTS = 2
 # What was decoded may be lost in shared memory through no fault of the clip's.
 MAX_OBJECT_ATTEMPTS = 3
 OBJECT_ERRORS = (ObjectStoreFullError, OutOfDiskError, ObjectLostError, GetTimeoutError)
@@ -138,9 +136,8 @@ class DecoderPool:
         return self._line.bytes_in_flight
 
     def submit(self, items: Iterable[Item]) -> None:
-        """Put clips at the end of the line, and give the first ones to decoders."""
+        """Put clips at the end of the line; decoders are given them when the pool is polled."""
         self._line.submit(items)
-        self._fill()
 
     def poll(self, timeout_s: float) -> tuple[Item, Decoded] | None:
         """Return the next clip in line; None where it does not come in time, or none is in line.

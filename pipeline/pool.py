@@ -9,6 +9,9 @@ from typing import Protocol
 
 from pipeline.media import Clip, Decoded
 
+# A clip whose decoder died or hung this often is quarantined.
+MAX_CLIP_ATTEMPTS = 2
+
 
 class CellError(Exception):
     """No cell can be kept alive: its decoders can't start."""

@@ -8,12 +8,13 @@ from pipeline.checks import facts_directory, facts_path, read_facts
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.decode import decode_clip
 from pipeline.duplicates import settle_duplicates
-from pipeline.encode import reopen_failed
 from pipeline.encoder import ShardEncoder
-from pipeline.jobs import Job, ShardTask
+from pipeline.jobs import ShardTask
 from pipeline.media import Clip, ClipError, Decoded
 from pipeline.mux import write_mp4
 from pipeline.settings import load
+from pipeline.work import FAILED, reopen_failed
+from tests.pipeline.pools import InProcessPool, mailbox_of, make_job
 
 SETTINGS = ["video.size=64", "clip.seconds=2"]
 
@@ -48,21 +49,14 @@ class Run:
         config = load(EncodeConfig, None, [*SETTINGS, *settings])
         specs = {m: spec for m, spec in column_specs(config).items() if m != "text"}
         self.attempt += 1
-        job = Job(
+        job = make_job(
             root=str(self.root),
             facts=facts_directory("plan", config),
-            plan_id="plan",
             run_id=f"run{self.attempt}",
             columns=specs,
             media_root=str(self.media),
-            cache_dir=None,
-            cache_bytes=1_000_000,
             decode=decode_settings(config),
             checks=config.checks,
-            decode_timeout_s=60.0,
-            fetch_timeout_s=60.0,
-            clips_per_decoder=1000,
-            window_clips=8,
         )
         self.facts, self.checks = self.root / job.facts, config.checks
         self.columns = {
@@ -72,9 +66,9 @@ class Run:
         self.decoded, self.messages = [], {}
         if lacking:
             task = ShardTask(0, lacking, clips=self.clips)
-            for news in ShardEncoder(job).encode(task, self.decode_all(job)):
-                if news.event == "clip":
-                    self.messages[news.key] = news.message
+            pool = InProcessPool(job.window_bytes, self.decoder(job))
+            for news in ShardEncoder(job, pool).run(mailbox_of(task)):
+                self.messages |= {failed.key: failed.message for failed in news.failed}
         return {m: self.statuses(column) for m, column in self.columns.items()}
 
     def committed(self, column):
@@ -84,15 +78,13 @@ class Run:
         index = column.index(0, len(self.clips))
         return [fmt.STATUSES[code] for code in index["status"]]
 
-    def decode_all(self, job):
-        def decode(clips, rows, wanted):
-            for row in reversed(rows):  # in any order
-                self.decoded.append((clips[row].key, frozenset(wanted)))
-                path = self.media / clips[row].uri
-                try:
-                    yield row, decode_clip(path, clips[row], job.decode, wanted)
-                except ClipError as error:
-                    yield row, Decoded.failed(error.status, error.message)
+    def decoder(self, job):
+        def decode(clip, wanted):
+            self.decoded.append((clip.key, frozenset(wanted)))
+            try:
+                return decode_clip(self.media / clip.uri, clip, job.decode, wanted)
+            except ClipError as error:
+                return Decoded.failed(error.status, error.message)
 
         return decode
 
@@ -110,7 +102,7 @@ def test_facts_of_what_was_missing_are_measured_when_it_is_there(tmp_path):
     assert run.encode("columns=[audio]", still) == {"audio": ["ok", "still"]}
     assert run.fact("status") == ["ok", "still"]
     assert run.encode("columns=[video]", still) == {"video": ["ok", "missing"]}, "until asked for"
-    reopen_failed(run.columns)
+    reopen_failed(run.columns, FAILED)
     assert run.encode("columns=[video]", still) == {"video": ["ok", "still"]}
     assert run.fact("status") == ["ok", "still"]
 
@@ -124,7 +116,7 @@ def test_clip_that_was_cut_is_encoded_when_it_is_mended(tmp_path):
     (run.media / "x.mp4").write_bytes(whole[: len(whole) // 2])
     assert run.encode()["video"] == ["ok", "truncated"]
     (run.media / "x.mp4").write_bytes(whole)
-    reopen_failed(run.columns)
+    reopen_failed(run.columns, FAILED)
     assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
     assert run.fact("status") == ["ok", "ok"]
 
