@@ -16,7 +16,7 @@ from pipeline.settings import ConfigError
 
 @dataclass(frozen=True)
 class Node:
-    """What a node has in all, whoever uses it now."""
+    """What a node has in all, whoever uses it now. No other has its name."""
 
     name: str
     cpus: int
