@@ -89,8 +89,11 @@ def thinned(values: Sequence[tuple[float, float]], end_s: float) -> list[tuple[f
         if filled_s >= span_s and filled_s > 0:
             found.append((time_s, area / filled_s))
             area = filled_s = 0.0
-    if filled_s > 0:
-        found.append((begin_s, area / filled_s))
+    if filled_s > 0:  # too short a rest to be told apart
+        end_before_s, mean_before = found.pop() if found else (0.0, 0.0)
+        start_s = found[-1][0] if found else 0.0
+        area += mean_before * (end_before_s - start_s)
+        found.append((begin_s, area / (begin_s - start_s)))
     return found
 
 

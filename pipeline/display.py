@@ -18,6 +18,7 @@ TERMINAL_INTERVAL_S = 0.5
 LOG_INTERVAL_S = 20.0
 NUM_LINES = 3  # below the bar
 CAUSES_SHOWN = 4
+NOTES_SHOWN = 20
 
 
 class Display:
@@ -37,6 +38,13 @@ class Display:
         self._is_terminal = stream.isatty()
         self.interval_s = TERMINAL_INTERVAL_S if self._is_terminal else LOG_INTERVAL_S
         self._bars: list[tqdm] = []
+        self._noted: set[str] = set()
+
+    def note(self, text: str) -> None:
+        """Show a text above the state of the run, once however often it comes."""
+        if text not in self._noted and len(self._noted) < NOTES_SHOWN:
+            self._noted.add(text)
+            tqdm.write(text, file=self._stream)
 
     def show(self, tally: Tally, rates: Rates) -> None:
         """Show the state of the run."""
@@ -93,12 +101,12 @@ def progress(tally: Tally, rates: Rates) -> str:
 
 def pace(tally: Tally, rates: Rates) -> str:
     """Return clips a second and the time to the end."""
-    return f"{rates.clips_per_s:.3g} clips/s, ETA {duration_text(tally.eta_s(rates))}"
+    return f"{rate_text(rates.clips_per_s)} clips/s, ETA {duration_text(tally.eta_s(rates))}"
 
 
 def details(tally: Tally, rates: Rates) -> list[str]:
     """Return three short texts: speed, load, and what went wrong."""
-    speed = f"{rates.media_h_per_h:.3g} h of clips per hour"
+    speed = f"{rate_text(rates.media_h_per_h)} h of clips per hour"
     decode = f"decode {rates.decode_busy:.0%} busy, " if tally.num_decoders else ""
     cells = f"{tally.num_cells} cell{'s' * (tally.num_cells != 1)}"
     load = (
@@ -128,6 +136,11 @@ def causes_text(failed: Counter[str]) -> str:
     shown = [f"{cause} {count:,}" for cause, count in failed.most_common(CAUSES_SHOWN)]
     rest = failed.total() - sum(count for _, count in failed.most_common(CAUSES_SHOWN))
     return ", ".join(shown + [f"others {rest:,}"] * (rest > 0))
+
+
+def rate_text(value: float) -> str:
+    """Return a rate in three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def duration_text(seconds: float | None) -> str:

@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import is_local
+from pipeline.format import FormatError
 from pipeline.shards import naming_a_full_disk
 from pipeline.storage import scrubbed
 
@@ -34,11 +36,12 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._is_local = isinstance(path, Path)
+        self._is_local = is_local(path)
         if self._is_local:
             self._file = path.open("a", encoding="utf-8")
         else:
             self._file = tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".jsonl")  # noqa: SIM115
+            self._remote: Any = path
             self._uploader = ThreadPoolExecutor(1, "upload-events")
             self._uploaded: Future[None] = Future()
             self._uploaded.set_result(None)
@@ -71,7 +74,8 @@ class EventLog:
             self.flush()
             if not self._is_local:
                 self._uploader.shutdown()
-                self._upload()
+                with Path(self._file.name).open("rb") as file:
+                    self._remote.upload(file)
         finally:
             self._file.close()
 
@@ -85,8 +89,10 @@ class EventLog:
     def _upload(self) -> None:
         started_s = time.monotonic()
         try:
-            with Path(self._file.name).open("rb") as source, self._path.open("wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
+            with tempfile.TemporaryFile() as copy:  # the file itself grows meanwhile
+                with Path(self._file.name).open("rb") as file:
+                    shutil.copyfileobj(file, copy, 1 << 20)
+                self._remote.upload(copy)
         finally:
             pause_s = max(UPLOAD_INTERVAL_S, (time.monotonic() - started_s) / UPLOAD_SHARE)
             self._next_upload_s = time.monotonic() + pause_s
@@ -96,10 +102,19 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the events of a run, one that is under way or was killed too.
 
     A last line that is cut off is left out, and so is a file that is not there yet.
+
+    Raises:
+        FormatError: a line is not JSON.
     """
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
                 yield json.loads(line)
+            except ValueError as error:
+                raise FormatError(
+                    f"{path} line {number} is not JSON ({error}); remove that line"
+                ) from None

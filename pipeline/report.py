@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from pipeline import format as fmt
 from pipeline.config import EncodeConfig
-from pipeline.display import Display, duration_text, outcome_text
+from pipeline.display import Display, duration_text, outcome_text, rate_text
 from pipeline.duplicates import Settled
 from pipeline.event_log import EventLog
 from pipeline.files import write_atomically, write_json
@@ -141,6 +141,7 @@ class RunReport:
             )
         for note in news.notes:
             self._events.write("note", cell=news.cell, shard=shard, message=note)
+            self._display.note(f"{news.cell}: {note}")
         if news.event == "committed":
             self._columns |= set(news.committed)
             self._events.write(
@@ -161,11 +162,15 @@ class RunReport:
         """Say that an attempt of a shard came to nothing: its clips don't count."""
         self._tally.take_back(task)
         self._tally.num_lost += 1
-        self.event("lost", shard=list(task), attempt=attempt, cell=cell, message=reason)
+        self.event("lost", shard=list(task), attempt=attempt, cell=cell, reason=reason)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write anything else that is worth a line in events.jsonl."""
+        """Write anything else that is worth a line in events.jsonl; with a reason, show it too."""
         self._events.write(kind, **fields)
+        if reason := fields.get("reason"):
+            what = f"shard {' '.join(map(str, fields['shard']))}, " if "shard" in fields else ""
+            where = f"{fields['cell']}, " if fields.get("cell") else ""
+            self._display.note(f"{where}{what}{kind.replace('_', ' ')}: {reason}")
         self._events.flush()
 
     def _tick(self, now_s: float) -> None:
@@ -182,7 +187,10 @@ class RunReport:
     def _sample(self, now_s: float) -> None:
         """Write the rates since the last sample."""
         tally, point = self._tally, self._tally.point(now_s)
-        rates = rates_between(self._points[-1], point)
+        # The last interval of a run may be a blink: then its rates are those since the one before.
+        is_short = now_s - self._points[-1].time_s < SAMPLE_INTERVAL_S / 2
+        before = self._points[-2] if is_short and len(self._points) > 1 else self._points[-1]
+        rates = rates_between(before, point)
         self._points.append(point)
         while len(self._points) > 2 and self._points[1].time_s < now_s - RATE_WINDOW_S:
             self._points.popleft()
@@ -239,8 +247,9 @@ class RunReport:
         took = duration_text(summary["seconds"])
         return (
             f"{summary['outcome']}: {summary['clips']:,} clips in {summary['shards']:,} shards in "
-            f"{took}, {summary['clips_per_s']:.3g} clips/s, {summary['media_h_per_h']:.3g} h of "
-            f"clips per hour, encoders busy {summary['speed_of_light_share']:.0%}; "
+            f"{took}, {rate_text(summary['clips_per_s'])} clips/s, "
+            f"{rate_text(summary['media_h_per_h'])} h of clips per hour, "
+            f"encoders busy {summary['speed_of_light_share']:.0%}; "
             f"{outcome_text(self._tally)}; {self.folder / 'report.html'}"
         )
 

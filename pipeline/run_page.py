@@ -18,6 +18,7 @@ from typing import Any
 from pipeline import format as fmt
 from pipeline.charts import Series, step_chart
 from pipeline.data_root import open_root
+from pipeline.display import rate_text
 from pipeline.event_log import read_events
 from pipeline.files import write_atomically
 from pipeline.sweep import one_line_errors
@@ -183,8 +184,8 @@ def _cards(start: dict[str, Any], summary: Mapping[str, Any], last: dict[str, An
     cards = {
         "clips": f"{known.get('clips', 0):,} of {start['clips']:,}",
         "shards": f"{known.get('shards', 0):,} of {start['shards']:,}",
-        "clips/s": f"{known.get('clips_per_s', 0.0):.3g}",
-        "hours of clips per hour": f"{known.get('media_h_per_h', 0.0):.3g}",
+        "clips/s": rate_text(known.get("clips_per_s", 0.0)),
+        "hours of clips per hour": rate_text(known.get("media_h_per_h", 0.0)),
     }
     if summary:
         cards["of the codecs' own speed"] = f"{summary['speed_of_light_share']:.0%}"
@@ -227,10 +228,11 @@ def _failures(statuses: Counter[str], examples: Mapping[str, list[dict[str, Any]
             f'<tr><td>{escaped(status)}</td><td class="number">{counts.get(status, 0):,}</td>'
             f"<td>{shown}</td></tr>"
         )
+    title = "<h2>Failed and dropped clips</h2>"
     if not rows:
-        return "<h2>Failures</h2><p>None.</p>"
+        return f"{title}<p>None.</p>"
     head = "<tr><th>cause</th><th>clips</th><th>the first of them</th></tr>"
-    return f'<h2>Failures</h2><div class="wide"><table>{head}{"".join(rows)}</table></div>'
+    return f'{title}<div class="wide"><table>{head}{"".join(rows)}</table></div>'
 
 
 def _incidents(history: RunHistory) -> str:
@@ -240,8 +242,8 @@ def _incidents(history: RunHistory) -> str:
     for event in history.incidents:
         clock = time.strftime("%H:%M:%S", time.gmtime(event["time"]))
         where = " ".join(str(part) for part in event.get("shard") or ())
-        cells = (clock, event["event"], where, event.get("cell", ""), event.get("message", ""))
-        rows.append(_row(cells))
+        why = event.get("reason", event.get("message", ""))
+        rows.append(_row((clock, event["event"], where, event.get("cell", ""), why)))
     head = "".join(f"<th>{name}</th>" for name in ("UTC", "what", "shard", "cell", "why"))
     return (
         f"<h2>Incidents: {history.num_incidents:,}</h2>"

@@ -1,0 +1,423 @@
+"""Following a run: what is counted, what is shown, what is written, on a disk and on a store."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+import time as real_time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline import display, event_log, report, tally
+from pipeline.config import EncodeConfig
+from pipeline.data_root import open_root
+from pipeline.display import Display, duration_text
+from pipeline.event_log import EventLog, read_events
+from pipeline.format import FormatError, Plan, PlanSegment, read_json
+from pipeline.jobs import FailedClip, ShardUpdate
+from pipeline.records import Totals
+from pipeline.report import RunReport, print_table
+from pipeline.shards import NoRoomError
+from pipeline.tally import Tally
+
+PLAN = Plan("0123abcd", 0, {"kind": "folder", "root": "/clips"}, (PlanSegment(0, 40, 10),), ())
+A, B = ("clips", 0), ("clips", 1)
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+
+class Clock:
+    """Stands for the module ``time`` in those that measure a run."""
+
+    strftime, gmtime = staticmethod(real_time.strftime), staticmethod(real_time.gmtime)
+
+    def __init__(self):
+        self.now_s = 1000.0
+
+    def monotonic(self):
+        return self.now_s
+
+    def time(self):
+        return 1.8e9 + self.now_s
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    for module in (report, event_log):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def open_report(root, num_clips=40, num_shards=4, **options):
+    return RunReport(root, "run-1", PLAN, num_clips, num_shards, EncodeConfig(), **options)
+
+
+def progress(task, ok=0, cell="n/0", failed=(), **fields):
+    statuses = Counter({"ok": ok} if ok else {}) + Counter(clip.status for clip in failed)
+    return ShardUpdate("progress", cell, task, statuses, tuple(failed), **fields)
+
+
+def missing(key):
+    return FailedClip(key, "missing", f"no file {key}.mp4")
+
+
+def events(root, kind):
+    path = root / "runs" / "run-1" / "events.jsonl"
+    return [event for event in read_events(path) if event["event"] == kind]
+
+
+def summary_of(root):
+    return read_json(root / "runs" / "run-1" / "summary.json")
+
+
+# -- counting
+
+
+def test_shards_of_two_cells_are_counted_apart(tmp_path):
+    with open_report(tmp_path) as run:
+        run.update(ShardUpdate("started", "n/0", A))
+        run.update(progress(A, ok=3))
+        run.update(ShardUpdate("started", "n/1", B))
+        run.update(progress(B, ok=2, failed=[missing("b0"), missing("b1")]))
+        assert (run.num_clips, run.failed_share) == (7, 2 / 7)
+        run.update(ShardUpdate("started", "n/1", A))  # the cell of the first attempt was lost
+        assert (run.num_clips, run.failed_share) == (4, 0.5)
+        run.update(progress(A, ok=6))
+        for task in (A, B):
+            run.update(ShardUpdate("committed", "n/1", task))
+        assert (run.num_clips, run.num_done) == (10, 2)
+    assert summary_of(tmp_path)["statuses"] == {"ok": 8, "missing": 2}
+
+
+def test_news_with_the_commit_count_and_captions_are_no_clips(tmp_path):
+    with open_report(tmp_path) as run:
+        run.update(ShardUpdate("committed", "n/0", ("text", 0), Counter(ok=99), encode_s=0.5))
+        run.update(ShardUpdate("committed", "n/0", A, Counter(ok=7), encode_s=1.0))
+        run.update(ShardUpdate("alive", "n/0"))
+    summary = summary_of(tmp_path)
+    assert (summary["clips"], summary["shards"], summary["encode_s"]) == (7, 2, 1.5)
+
+
+def test_a_lost_attempt_is_uncounted_told_and_still_work_done(tmp_path, capsys):
+    tallies = []
+    with open_report(tmp_path, publish=tallies.append) as run:
+        run.update(progress(A, ok=5, decode_s=4.0))
+        run.lost(A, 1, "encoder killed", "n/0")
+        assert run.num_clips == 0
+        run.update(progress(A, ok=10, decode_s=8.0))
+        run.update(ShardUpdate("committed", "n/1", A))
+    (lost,) = events(tmp_path, "lost")
+    assert {"shard": ["clips", 0], "attempt": 1, "cell": "n/0"}.items() <= lost.items()
+    summary = summary_of(tmp_path)
+    assert (summary["clips"], summary["decode_s"], summary["attempts_lost"]) == (10, 8.0, 1)
+    assert tallies[-1].spent.statuses["ok"] == 15
+    assert tallies[-1].spent.decode_s == 12.0
+    assert "n/0, shard clips 0, lost: encoder killed" in capsys.readouterr().err
+
+
+def test_shares_are_of_the_time_that_cells_had_from_first_shard_to_last_commit(tmp_path, clock):
+    with open_report(tmp_path) as run:
+        run.set_cells(2, 6)
+        clock.now_s += 30  # Ray starts, codecs are loaded
+        run.update(ShardUpdate("started", "n/0", A))
+        clock.now_s += 10
+        run.set_cells(1, 3)
+        clock.now_s += 20
+        run.update(progress(A, ok=10, media_s=100.0, decode_s=45.0, encode_s=30.0, write_s=0.4))
+        run.update(ShardUpdate("committed", "n/0", A))
+        clock.now_s += 40  # duplicates are settled
+    summary = summary_of(tmp_path)
+    assert (summary["cells"], summary["decoders"], summary["startup_s"]) == (2, 6, 30.0)
+    assert summary["speed_of_light_share"] == 30 / (2 * 10 + 1 * 20)
+    assert summary["decode_busy_share"] == 45 / (6 * 10 + 3 * 20)
+    assert summary["write_share"] == 0.4 / 40
+    assert (summary["seconds"], summary["clips_per_s"]) == (100.0, 0.1)
+    assert summary["media_h_per_h"] == 1.0
+
+
+def test_bytes_in_flight_are_those_of_all_cells_now():
+    run = Tally(40, 4, 0.0)
+    for cell, task, count in (("n/0", A, 5), ("n/1", B, 7), ("n/0", ("clips", 2), 6)):
+        run.update(ShardUpdate("progress", cell, task, bytes_in_flight=count), 1.0)
+    assert run.bytes_in_flight == 13
+    run.set_cells(1, 1, 2.0)  # whichever was lost, the other one says soon what it holds
+    run.update(ShardUpdate("alive", "n/1", bytes_in_flight=8), 3.0)
+    assert run.bytes_in_flight == 8
+
+
+def test_time_left_comes_from_the_last_minutes(tmp_path, clock):
+    with open_report(tmp_path, num_clips=100_000) as run:
+        for clips_per_s, seconds in ((100, 300), (10, 400)):
+            for _ in range(seconds):
+                clock.now_s += 1
+                run.update(progress(A, ok=clips_per_s))
+    *_, last = events(tmp_path, "sample")
+    assert last["eta_s"] == pytest.approx((100_000 - 34_000) / 10, rel=1e-3)
+    assert last["clips_per_s"] == pytest.approx(10)
+
+
+def test_a_run_of_captions_only_has_a_time_left():
+    run = Tally(0, 10, 0.0)
+    before = run.point(0.0)
+    run.update(ShardUpdate("committed", "n/0", ("text", 0)), 5.0)
+    assert run.eta_s(tally.rates_between(before, run.point(5.0))) == 45.0
+    assert run.eta_s(tally.rates_between(before, before)) is None
+
+
+# -- what is written
+
+
+def test_events_hold_settings_failed_clips_commits_and_rates(tmp_path, clock):
+    with open_report(tmp_path) as run:
+        for _ in range(25):
+            clock.now_s += 1
+            run.update(progress(A))
+        run.update(progress(A, ok=9, failed=[missing("a9")], notes=("batch halved",)))
+        run.update(ShardUpdate("committed", "n/0", A, committed=("video@x",), seconds=2.5))
+        run.event("cell_lost", cell="n/0", reason="node gone")
+    (start,) = events(tmp_path, "run")
+    assert start["settings"]["video"]["codec"]["name"] == "dct"
+    assert (start["clips"], start["shards"], start["plan_id"]) == (40, 4, PLAN.plan_id)
+    (clip,) = events(tmp_path, "clip")
+    assert (clip["key"], clip["status"], clip["shard"]) == ("a9", "missing", ["clips", 0])
+    (shard,) = events(tmp_path, "shard")
+    assert (shard["columns"], shard["cell"], shard["seconds"]) == (["video@x"], "n/0", 2.5)
+    assert events(tmp_path, "note")[0]["message"] == "batch halved"
+    assert events(tmp_path, "cell_lost")[0]["reason"] == "node gone"
+    samples = events(tmp_path, "sample")
+    assert [sample["time"] - start["time"] for sample in samples] == [10.0, 20.0, 25.0]
+    assert samples[-1]["statuses"] == {"ok": 9, "missing": 1}
+    assert events(tmp_path, "end")[0]["outcome"] == "complete"
+
+
+def test_the_settings_written_can_be_loaded_again(tmp_path):
+    from pipeline.settings import load
+
+    with open_report(tmp_path) as run:
+        assert load(EncodeConfig, run.folder / "config.yaml", []) == EncodeConfig()
+
+
+def test_a_stopped_run_counts_what_is_committed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), open_report(tmp_path) as run:
+        run.update(ShardUpdate("committed", "n/0", A, Counter(ok=10)))
+        run.update(progress(B, ok=4))
+        raise KeyboardInterrupt
+    summary = summary_of(tmp_path)
+    assert (summary["outcome"], summary["clips"]) == ("stopped: KeyboardInterrupt", 10)
+    assert events(tmp_path, "sample")[-1]["clips"] == 14
+    assert (tmp_path / "runs" / "run-1" / "report.html").exists()
+
+
+def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(
+    tmp_path, monkeypatch, capsys
+):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write_json", refuse)
+    with pytest.raises(NoRoomError, match="the shard"), open_report(tmp_path):
+        raise NoRoomError("no room to write the shard")
+    assert "incomplete: OSError: [Errno 28] No space left" in capsys.readouterr().err
+    with pytest.raises(OSError, match="No space left"), open_report(tmp_path):
+        pass
+
+
+def test_a_full_disk_is_named():
+    log = EventLog(Path("/dev/full"))
+    log.write("clip")
+    with pytest.raises(NoRoomError, match="no room to write /dev/full"):
+        log.flush()
+
+
+def test_many_failed_clips_take_no_memory(tmp_path):
+    num_shards, rows = 100, 512
+    tracemalloc.start()
+    with open_report(tmp_path, num_shards * rows, num_shards) as run:
+        for shard in range(num_shards):
+            task = ("clips", shard)
+            run.update(progress(task, failed=[missing(f"{shard}-{row}") for row in range(rows)]))
+            run.update(ShardUpdate("committed", "n/0", task))
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2e6  # of 6.5 MB in events.jsonl
+    assert summary_of(tmp_path)["statuses"] == {"missing": num_shards * rows}
+    assert len(events(tmp_path, "clip")) == num_shards * rows
+
+
+# -- on an object store
+
+
+@pytest.fixture
+def store(tmp_path):
+    return open_root(f"memory://{tmp_path.name}")
+
+
+def test_a_run_on_an_object_store_leaves_the_same_files(store):
+    with open_report(store) as run:
+        run.update(progress(A, ok=9, failed=[missing("a9")]))
+        run.update(ShardUpdate("committed", "n/0", A))
+        names = {path.name for path in run.folder.iterdir()}
+        assert names == {"config.yaml"}
+    names = {path.name for path in run.folder.iterdir()}
+    assert names == {"config.yaml", "events.jsonl", "summary.json", "report.html"}
+    assert [event["event"] for event in read_events(run.folder / "events.jsonl")] == [
+        *("run", "clip", "shard", "sample", "end")
+    ]
+    assert summary_of(store)["clips"] == 10
+
+
+def uploads_of(store, monkeypatch, fail=0):
+    """Let a log upload at every flush, and the first ``fail`` uploads fail; return the log."""
+    monkeypatch.setattr(event_log, "UPLOAD_INTERVAL_S", 0.0)
+    monkeypatch.setattr(event_log, "UPLOAD_SHARE", float("inf"))
+    path = store / "runs" / "run-1" / "events.jsonl"
+    log, upload = EventLog(path), type(path).upload
+    failures = iter(range(fail))
+
+    def sometimes(self, file):
+        if next(failures, None) is not None:
+            raise OSError(5, "the store is away, asked as //name:secret@host")
+        upload(self, file)
+
+    monkeypatch.setattr(type(path), "upload", sometimes)
+    return log, path
+
+
+def test_events_are_on_the_object_store_while_the_run_goes_on(store, monkeypatch):
+    log, path = uploads_of(store, monkeypatch)
+    for number in range(3):
+        log.write("clip", key=str(number))
+        log.flush()
+        log._uploaded.result(timeout=60)
+        assert [event["key"] for event in read_events(path)] == [str(n) for n in range(number + 1)]
+    log.close()
+
+
+def test_an_upload_that_fails_is_told_without_secrets_and_made_up_for(store, monkeypatch, caplog):
+    log, path = uploads_of(store, monkeypatch, fail=2)
+    for number in range(3):
+        log.write("clip", key=str(number))
+        log.flush()
+        log._uploaded.exception(timeout=60)
+    log.close()
+    assert len(list(read_events(path))) == 3
+    assert caplog.text.count("the store is away") == 2
+    assert "secret" not in caplog.text
+
+
+def test_events_that_cannot_be_uploaded_in_the_end_are_an_error(store, monkeypatch):
+    log, _ = uploads_of(store, monkeypatch, fail=9)
+    with pytest.raises(OSError, match="the store is away"):
+        log.close()
+
+
+def test_damaged_events_are_named(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "run"}\n{"event": \n')
+    with pytest.raises(FormatError, match=r"events.jsonl line 2 is not JSON"):
+        list(read_events(path))
+
+
+# -- what is shown
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run_for(clock, run, seconds):
+    for _ in range(seconds):
+        clock.now_s += 1
+        run.update(
+            progress(A, ok=2, failed=[missing("x")], media_s=30.0, bytes_in_flight=5 * 10**8)
+        )
+
+
+def test_a_log_file_gets_a_line_now_and_then_without_control_characters(
+    tmp_path, clock, monkeypatch
+):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with open_report(tmp_path, num_clips=1000) as run:
+        run.set_cells(1, 3)
+        run_for(clock, run, 70)
+    *lines, last = log.getvalue().splitlines()
+    assert len(lines) == 3
+    assert not CONTROL.search(log.getvalue())
+    for text in (
+        "180/1,000 clips (18%), 0/4 shards, 3 clips/s, ETA 4:33; 30 h of clips per hour",
+        "decode 0% busy, encode 0% busy, 500 MB in flight, 1 cell",
+        "failed 60 (33.3%): missing 60",
+    ):
+        assert text in lines[-1]
+    assert last.startswith("complete: 0 clips in 0 shards in 1:10")
+
+
+def test_a_quick_run_gives_one_line(tmp_path, monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with open_report(tmp_path) as run:
+        run.update(ShardUpdate("committed", "n/0", A, Counter(ok=10)))
+    (line,) = log.getvalue().splitlines()
+    assert line.startswith("complete: 10 clips in 1 shards")
+
+
+def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with open_report(tmp_path, num_clips=10**9, num_shards=10**6) as run:
+        run.set_cells(64, 1024)
+        clock.now_s += 10
+        causes = Counter(dict.fromkeys(("missing", "unreadable", "no_video", "silent"), 10**6))
+        run.update(ShardUpdate("progress", "n/0", A, causes, bytes_in_flight=10**12))
+        run_for(clock, run, 3)
+        shown = terminal.getvalue()
+    assert "\n" in shown and "\x1b[A" in shown  # the cursor goes down, and up again
+    for line in re.split(r"[\r\n]|\x1b\[A", shown):
+        assert len(line) <= 80, line
+    assert "decode" in shown and "clips per hour" in shown and "failed 3,000," in shown
+    assert terminal.getvalue().rstrip().splitlines()[-1].lstrip("\r \x1b[A").startswith("complete:")
+
+
+def test_a_note_is_shown_once(monkeypatch):
+    stream = io.StringIO()
+    shown = Display(10, stream)
+    for _ in range(5):
+        shown.note("batch halved")
+    for number in range(100):
+        shown.note(f"note {number}")
+    assert stream.getvalue().count("batch halved") == 1
+    assert len(stream.getvalue().splitlines()) == display.NOTES_SHOWN
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "unknown"), (4.6, "0:05"), (3723, "1:02:03"), (86400 * 3 + 3600 * 4, "3 d 4 h")],
+)
+def test_durations_are_short(seconds, text):
+    assert duration_text(seconds) == text
+
+
+def test_the_closing_table_tells_failed_from_dropped(capsys):
+    statuses = Counter(ok=6, missing=2, silent=2)
+    total = Totals(shards=1, rows=10, ok=6, bytes=2_500_000, statuses=statuses)
+    print_table({"video@dct-01234567": (total, 4)}, Counter(still=3))
+    head, line, failed, dropped, flagged = capsys.readouterr().out.splitlines()
+    assert head.split() == ["column", "shards", "ok", "failed", "dropped", "MB"]
+    assert line.split() == ["video@dct-01234567", "1/4", "6", "2", "2", "2.5"]
+    assert failed.strip() == "failed: missing 2"
+    assert dropped.strip() == "dropped: silent 2"
+    assert flagged == "flagged, but kept: still 3"
+
+
+def test_a_report_needs_neither_torch_nor_ray():
+    code = "import sys, pipeline.report; print(json.dumps(sorted(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "ray"} & set(json.loads(found.stdout))
