@@ -145,7 +145,7 @@ def read_history(folder: Path) -> RunHistory:
         for event in read_events(path):
             history.add(event)
     except (KeyError, TypeError) as error:
-        raise fmt.FormatError(f"{path} holds an event without {error}; it is damaged") from None
+        raise fmt.FormatError(f"{path} holds a line that is no event ({error!r})") from None
     if not history.start:
         raise fmt.FormatError(f"{path} holds no run; expected a folder DIR/runs/<run_id>")
     return history
@@ -187,7 +187,7 @@ def _cards(start: dict[str, Any], summary: Mapping[str, Any], last: dict[str, An
         "clips/s": rate_text(known.get("clips_per_s", 0.0)),
         "hours of clips per hour": rate_text(known.get("media_h_per_h", 0.0)),
     }
-    if summary:
+    if "speed_of_light_share" in summary:
         cards["of the codecs' own speed"] = f"{summary['speed_of_light_share']:.0%}"
         cards["of the decoders' time decoding"] = f"{summary['decode_busy_share']:.0%}"
     shown = (
