@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import format as fmt
-from pipeline.tables import parquet_writer
+from pipeline.tables import open_parquet, parquet_writer
 
 CAPTIONS_NAME = "captions.parquet"
 CAPTIONS_SCHEMA = pa.schema([("row", pa.int64()), ("key", pa.string()), ("caption", pa.string())])
@@ -42,12 +42,13 @@ def copy_captions(root: Path, plan: fmt.Plan, folder: Path) -> None:
     """Give a text column its captions.parquet, anew where the plan was extended."""
     shards = plan.shard_rows(text=True)
     try:
-        if pq.read_metadata(folder / CAPTIONS_NAME).num_rows == shards.sum():
-            return
+        with open_parquet(folder / CAPTIONS_NAME) as there:
+            if there.metadata.num_rows == shards.sum():
+                return
     except (OSError, pa.ArrowException):
         pass  # none there, or none that can be read
     with (
-        pq.ParquetFile(root / CAPTIONS_NAME) as planned,
+        open_parquet(root / CAPTIONS_NAME) as planned,
         parquet_writer(folder / CAPTIONS_NAME, CAPTIONS_SCHEMA) as writer,
     ):
         for shard in range(len(shards)):
@@ -81,6 +82,6 @@ def caption_hashes(path: Path, num_captions: int) -> np.ndarray:
 
 def read_rows(path: Path, columns: list[str]) -> Iterator[tuple[Any, ...]]:
     """Yield the rows of a parquet file, a batch of them in memory at a time."""
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         for batch in file.iter_batches(batch_size=4096, columns=columns):
             yield from zip(*(batch[name].to_pylist() for name in columns), strict=True)

@@ -6,6 +6,7 @@ the same plan reuses them, and comes to the same verdicts though it decodes one 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -13,13 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import format as fmt
 from pipeline.config import DECODER_VERSION, THRESHOLDS, CheckSettings, EncodeConfig
+from pipeline.files import map_ahead, scan
 from pipeline.media import Clip, Decoded
 from pipeline.shards import naming_a_full_disk
-from pipeline.tables import write_parquet
+from pipeline.tables import read_parquet, write_parquet
 
 FACTS_SCHEMA = pa.schema(
     [
@@ -194,6 +195,15 @@ def facts_path(folder: Path, shard: int) -> Path:
     return folder / f"{fmt.shard_name(shard)}.parquet"
 
 
+def shards_with_facts(folder: Path) -> list[int]:
+    """Return the numbers of the shards that have facts, sorted."""
+    try:
+        names = [entry.name for entry in scan(folder)]
+    except FileNotFoundError:
+        return []
+    return sorted(int(n[:-8]) for n in names if re.fullmatch(r"\d{6,}\.parquet", n))
+
+
 def facts_row(row: int, clip: Clip, decoded: Decoded) -> dict[str, Any]:
     """Return one row of the facts table."""
     status, message = clip_status(decoded.problems)
@@ -215,8 +225,10 @@ def write_facts(folder: Path, shard: int, rows: list[dict[str, Any]]) -> None:
 
 def read_facts(folder: Path, shard: int) -> list[dict[str, Any]] | None:
     """Return a shard's facts in row order, or None where there are none."""
-    path = facts_path(folder, shard)
-    return pq.read_table(path).to_pylist() if path.exists() else None
+    try:
+        return read_parquet(facts_path(folder, shard)).to_pylist()
+    except FileNotFoundError:
+        return None
 
 
 def read_usable(folder: Path, shard: int, name: str) -> list[Any]:
@@ -225,7 +237,7 @@ def read_usable(folder: Path, shard: int, name: str) -> list[Any]:
     A film without sound is a clip as good as any other for those who encode the picture.
     """
     columns = ["video_status", "audio_status", name]
-    table = pq.read_table(facts_path(folder, shard), columns=columns).select(columns)
+    table = read_parquet(facts_path(folder, shard), columns).select(columns)
     rows = zip(*(column.to_pylist() for column in table), strict=True)
     return [value if "ok" in statuses else None for *statuses, value in rows]
 
@@ -236,8 +248,9 @@ def count_flags(folder: Path, shards: list[int], dropped: dict[int, set[int]]) -
     Those of the rows ``dropped``, by shard, don't count.
     """
     counts: Counter[str] = Counter()
-    for shard in shards:
-        for row, flags in enumerate(read_usable(folder, shard, "flags")):
+    found = map_ahead(folder, lambda shard: read_usable(folder, shard, "flags"), shards)
+    for shard, rows in zip(shards, found, strict=True):
+        for row, flags in enumerate(rows):
             if row not in dropped.get(shard, ()):
                 counts.update(flags or ())
     return counts

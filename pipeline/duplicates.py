@@ -2,30 +2,33 @@
 
 The facts stay as they are; ``duplicates.parquet`` beside them lists what was found. Policy
 "drop" also takes the payloads out of the committed shards. Both depend on the facts alone, not
-on the order in which shards were encoded, and can be done again at any time.
+on the order in which shards were encoded, and can be done again at any time. What came out is noted
+in ``duplicates.parquet``, so that a run with nothing to do need not read all facts again.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline import format as fmt
-from pipeline.checks import count_flags, facts_path, read_usable
+from pipeline.checks import count_flags, facts_path, read_usable, shards_with_facts
 from pipeline.config import CheckSettings
-from pipeline.files import sync_folder
+from pipeline.files import is_local, map_ahead, sync_folder
 from pipeline.shards import ShardWriter
-from pipeline.tables import write_parquet
+from pipeline.tables import read_parquet, write_parquet
 
 DUPLICATES_NAME = "duplicates.parquet"
 DUPLICATE = fmt.STATUS_CODE["duplicate"]
+SETTLED = "settled"  # name of the note in the schema of duplicates.parquet
 
 
 class Settled(NamedTuple):
@@ -55,14 +58,32 @@ def settle_duplicates(
     """
     clip_columns = [column for modality, column in columns.items() if modality != "text"]
     rows_per_shard = plan.shard_rows().tolist()
-    known = [shard for shard in range(len(rows_per_shard)) if facts_path(folder, shard).exists()]
+    known = [shard for shard in shards_with_facts(folder) if shard < len(rows_per_shard)]
     if not clip_columns or not known:
         return Settled(Counter())
     duplicates = find_duplicates(folder, known)
-    write_duplicates(folder, duplicates)
     if checks.duplicate == "flag":
         flagged = count_flags(folder, known, {})
-        return Settled(flagged + Counter(duplicate=len(duplicates)))
+        settled = Settled(flagged + Counter(duplicate=len(duplicates)))
+    else:
+        settled = _drop(clip_columns, folder, duplicates, known, rows_per_shard)
+    note = {
+        "columns": [column.path.name for column in clip_columns],
+        "flagged": settled.flagged,
+        "num_dropped": settled.num_dropped,
+    }
+    write_duplicates(folder, duplicates, None if settled.complaint else note)
+    return settled
+
+
+def _drop(
+    columns: list[fmt.Column],
+    folder: Path,
+    duplicates: pa.Table,
+    known: list[int],
+    rows_per_shard: list[int],
+) -> Settled:
+    """Take the payloads of the duplicates out of all columns."""
     doomed = _rows_by_shard(duplicates)
     flagged = count_flags(folder, known, doomed)
     if lacking := len(rows_per_shard) - len(known):
@@ -74,7 +95,7 @@ def settle_duplicates(
             "settings again, or another --out",
         )
     reopened = set[int]()
-    for column in clip_columns:
+    for column in columns:
         reopened |= drop_rows(column, folder, doomed, rows_per_shard)
     if reopened:
         return Settled(
@@ -84,6 +105,40 @@ def settle_duplicates(
             "same command again to encode them",
         )
     return Settled(flagged, len(duplicates))
+
+
+def write_duplicates(folder: Path, duplicates: pa.Table, note: dict[str, Any] | None) -> None:
+    """Write what was found beside the facts, unless it is there already."""
+    path = folder / DUPLICATES_NAME
+    table = duplicates.replace_schema_metadata(note and {SETTLED: json.dumps(note)})
+    try:
+        if read_parquet(path).equals(table, check_metadata=True):
+            return
+    except FileNotFoundError:
+        pass
+    write_parquet(path, table)
+
+
+def read_settled(folder: Path, columns: Iterable[fmt.Column]) -> Settled | None:
+    """Return what ``settle_duplicates`` came to, or None where it has to be called.
+
+    Args:
+        folder: the facts.
+        columns: columns of clips; those of captions don't count.
+    """
+    try:
+        metadata = read_parquet(folder / DUPLICATES_NAME).schema.metadata or {}
+        note = json.loads(metadata[SETTLED.encode()])
+    except (FileNotFoundError, KeyError):
+        return None
+    if not {c.path.name for c in columns if c.spec.modality != "text"} <= set(note["columns"]):
+        return None
+    return Settled(Counter(note["flagged"]), note["num_dropped"])
+
+
+def forget_settled(folder: Path) -> None:
+    """Have duplicates settled anew; to be called before any shard is encoded."""
+    (folder / DUPLICATES_NAME).unlink(missing_ok=True)
 
 
 def find_duplicates(folder: Path, shards: list[int]) -> pa.Table:
@@ -116,9 +171,9 @@ def _hashes(folder: Path, shards: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return hashes uint64 [clips, 2] and (shard, row) int32 [clips, 2] of the clips to compare."""
     hashes = [np.zeros((0, 2), dtype=np.uint64)]
     places = [np.zeros((0, 2), dtype=np.int32)]
-    for shard in shards:
-        found = enumerate(read_usable(folder, shard, "content_hash"))
-        hashed = {row: digits for row, digits in found if digits}
+    found = map_ahead(folder, lambda shard: read_usable(folder, shard, "content_hash"), shards)
+    for shard, rows in zip(shards, found, strict=True):
+        hashed = {row: digits for row, digits in enumerate(rows) if digits}
         rows, digits = np.array(list(hashed), dtype=np.int64), "".join(hashed.values())
         hashes.append(np.frombuffer(bytes.fromhex(digits), dtype=np.uint64).reshape(-1, 2))
         places.append(np.stack([np.full(len(rows), shard), rows], axis=1).astype(np.int32))
@@ -131,7 +186,7 @@ def _table(folder: Path, found: np.ndarray, first: np.ndarray) -> pa.Table:
     keys, order = np.empty(len(places), dtype=object), np.argsort(places[:, 0])
     shards, starts = np.unique(places[order, 0], return_index=True)
     for shard, part in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
-        in_shard = pq.read_table(facts_path(folder, shard), columns=["key"])["key"].to_numpy()
+        in_shard = read_parquet(facts_path(folder, shard), ["key"])["key"].to_numpy()
         keys[part] = in_shard[places[part, 1]]
     return pa.table(
         {
@@ -141,13 +196,6 @@ def _table(folder: Path, found: np.ndarray, first: np.ndarray) -> pa.Table:
             "first_key": pa.array(keys[len(found) :], pa.string()),
         }
     )
-
-
-def write_duplicates(folder: Path, duplicates: pa.Table) -> None:
-    """Write what was found beside the facts, unless it is there already."""
-    path = folder / DUPLICATES_NAME
-    if not path.exists() or not pq.read_table(path).equals(duplicates):
-        write_parquet(path, duplicates)
 
 
 def _rows_by_shard(duplicates: pa.Table) -> dict[int, set[int]]:
@@ -164,24 +212,24 @@ def drop_rows(
 ) -> set[int]:
     """Turn the duplicates of a column, rows by shard, into tombstones; others are copied.
 
-    A crash on the way leaves a shard as it was, or without a commit: then the next run encodes
-    it again.
+    A crash on the way leaves a shard as it was or, on a local disk, without a commit: then the next
+    run encodes it again.
 
     Returns:
         Shards with a tombstone of a clip that is no duplicate any more, because its first copy
         failed when it was tried again. Their commits are taken back.
     """
-    reopened = set[int]()
-    for shard in sorted(column.committed_shards()):
+    reopened, shards = set[int](), sorted(column.committed_shards())
+    for shard, record in zip(shards, map_ahead(column.path, column.committed, shards), strict=True):
         wanted = doomed.get(shard, set())
-        if not wanted and "duplicate" not in column.committed(shard)["status_counts"]:
+        if not wanted and "duplicate" not in record["status_counts"]:
             continue
         status = column.index(shard, rows_per_shard[shard])["status"]
         if set(np.flatnonzero(status == DUPLICATE).tolist()) - wanted:
             _take_back_commit(column, shard)
             reopened.add(shard)
         elif rows := wanted & set(np.flatnonzero(status == fmt.OK).tolist()):
-            keys = pq.read_table(facts_path(folder, shard), columns=["key"])["key"].to_pylist()
+            keys = read_parquet(facts_path(folder, shard), ["key"])["key"].to_pylist()
             _drop_of_shard(column, shard, keys, rows)
     return reopened
 
@@ -189,8 +237,8 @@ def drop_rows(
 def _drop_of_shard(column: fmt.Column, shard: int, keys: list[str], doomed: set[int]) -> None:
     """Write a shard again without the payloads of some rows; timings of its commit are kept."""
     record, index = column.committed(shard), column.index(shard, len(keys))
-    attempt = f"duplicates-{secrets.token_hex(4)}"
-    with ShardWriter(column, shard, attempt) as writer, column.tar_path(shard).open("rb") as tar:
+    attempt, path = f"duplicates-{secrets.token_hex(4)}", column.path / record["tar"]
+    with ShardWriter(column, shard, attempt) as writer, path.open("rb") as tar:
         for row, key in enumerate(keys):
             if row in doomed:
                 writer.add(key, None, DUPLICATE)
@@ -201,12 +249,11 @@ def _drop_of_shard(column: fmt.Column, shard: int, keys: list[str], doomed: set[
                 payload = tar.read(int(index["nbytes"][row]))
                 if google_crc32c.value(payload) != index["crc32c"][row]:
                     raise fmt.FormatError(
-                        f"{tar.name} row {row} ({key}): the payload is damaged; remove "
+                        f"{path} row {row} ({key}): the payload is damaged; remove "
                         f"{fmt.shard_name(shard)}.json beside it and run the same command again"
                     )
                 writer.add(key, _array(column, payload, index["shape"][row]))
-        _take_back_commit(column, shard)
-        writer.commit(record)
+        writer.commit(record, replacing=True)
 
 
 def _array(column: fmt.Column, payload: bytes, padded_shape: np.ndarray) -> np.ndarray:
@@ -215,6 +262,7 @@ def _array(column: fmt.Column, payload: bytes, padded_shape: np.ndarray) -> np.n
 
 
 def _take_back_commit(column: fmt.Column, shard: int) -> None:
-    """Make a shard count as not encoded, before any of its files changes."""
+    """Make a shard count as not encoded."""
     (column.path / f"{fmt.shard_name(shard)}.json").unlink()
-    sync_folder(column.path)
+    if is_local(column.path):
+        sync_folder(column.path)

@@ -1,8 +1,8 @@
 """Files of a data set, on a local disk or on an object store. Standard library only.
 
 A path is a ``pathlib.Path`` or, below a URL, a ``pipeline.data_root.RemotePath``, which is used in
-the same way. What a local disk and an object store do differently is told apart here, in
-``pipeline.tables`` and in ``pipeline.publish``, by ``is_local``.
+the same way. What a local disk and an object store do differently is told apart here and in
+``pipeline.publish``, by ``is_local``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePath
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar, cast
 
-# Requests to an object store at once, and how many results wait to be taken.
-NUM_REQUESTS, NUM_WAITING = 16, 512
+NUM_REQUESTS = 16  # to an object store at once
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,19 +45,34 @@ def write_atomically(path: Path, data: bytes) -> None:
     if not is_local(path):
         path.write_bytes(data)
         return
-    temporary = temporary_beside(path)
+    with writing(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Write a file of any size; ``path`` is replaced when the block ends without an error.
+
+    For an object store the file is spooled to the local disk, and uploaded then.
+    """
+    if not is_local(path):
+        remote: Any = path
+        with tempfile.TemporaryFile() as spool:
+            yield cast(BinaryIO, spool)
+            remote.upload(spool)
+        return
+    # A hidden name that no other writer on any node has.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write_durably(temporary, data)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
         temporary.rename(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
-
-
-def temporary_beside(path: Path) -> Path:
-    """Return a hidden name in the same folder that no other writer on any node has."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,16 +114,17 @@ def read_range(path: Path, start: int, nbytes: int) -> bytes:
 
 
 def map_ahead(
-    folder: Path, call: Callable[[Item], Result], items: Iterable[Item]
+    folder: Path, call: Callable[[Item], Result], items: Iterable[Item], num_ahead: int = 512
 ) -> Iterator[Result]:
     """Yield ``call(item)`` for all items in order; on files of an object store, several at a time.
 
-    One request after the other would take a round trip of the network each.
+    One request after the other would take a round trip of the network each. Up to ``num_ahead``
+    results are in memory.
     """
     if is_local(folder):
         yield from map(call, items)
         return
     remaining = iter(items)
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
-        while block := list(islice(remaining, NUM_WAITING)):
+        while block := list(islice(remaining, num_ahead)):
             yield from pool.map(call, block)

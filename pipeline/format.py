@@ -9,14 +9,15 @@ it without Ray, torch or a video decoder.
     DIR/video@dct-3f9c21ab/             a column: column.json, then per shard
         000000.tar                      payloads, plain WebDataset
         000000.idx.npy                  one fixed-width record per row
-        000000.json                     commit record, written last: the shard exists from here on
+        000000.json                     commit record, written last: the shard exists from here on,
+                                        with the tar and index that it names
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.files import write_json
+from pipeline.files import map_ahead, scan, write_json
 
 FORMAT_VERSION = 1
 MODALITIES = ("video", "audio", "text")
@@ -80,9 +81,14 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: the file is missing, or does not hold a JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        return _parse_json(path, path.read_bytes())
     except FileNotFoundError:
         raise FormatError(f"{path} is missing; is {path.parent} a data set?") from None
+
+
+def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
     except ValueError as error:
         raise FormatError(f"{path} is not JSON ({error}); restore it or encode again") from None
     if not isinstance(value, dict):
@@ -97,11 +103,6 @@ class PlanSegment:
     first_shard: int
     num_clips: int
     shard_size: int
-
-    @property
-    def num_shards(self) -> int:
-        """Shards of this segment."""
-        return -(-self.num_clips // self.shard_size)
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def read_plan(root: Path) -> Plan:
     """Read the plan's head.
 
     Raises:
-        FormatError: there is none, or it was written by a newer version.
+        FormatError: there is none, it is damaged, or it was written by a newer version.
     """
     value = read_json(root / "plan.json")
     if value.get("format_version") != FORMAT_VERSION:
@@ -150,9 +151,18 @@ def read_plan(root: Path) -> Plan:
             name: tuple(PlanSegment(**segment) for segment in value[name])
             for name in ("clips", "captions")
         }
-        return Plan(**{**value, **segments})
+        plan = Plan(**{**value, **segments})
     except (KeyError, TypeError) as error:
         raise FormatError(f"{root / 'plan.json'} is damaged ({error}); restore it") from None
+    sizes = [(s.first_shard, s.num_clips, s.shard_size) for s in (*plan.clips, *plan.captions)]
+    is_sound = all(type(size) is int and size >= 0 for three in sizes for size in three)
+    is_sound &= 0 not in [shard_size for _, _, shard_size in sizes]
+    if not (is_sound and isinstance(plan.plan_id, str) and isinstance(plan.source, dict)):
+        raise FormatError(
+            f"{root / 'plan.json'} is damaged (plan_id {plan.plan_id!r:.40}, segments {sizes}, "
+            f"source {plan.source!r:.80}; expected text, counts and an object); restore it"
+        )
+    return plan
 
 
 def write_plan(root: Path, plan: Plan) -> None:
@@ -222,9 +232,10 @@ class Column:
             FormatError: the record belongs to another column or plan.
         """
         path = self.path / f"{shard_name(shard)}.json"
-        if not path.exists():
+        try:
+            record = _parse_json(path, path.read_bytes())
+        except FileNotFoundError:
             return None
-        record = read_json(path)
         for name, expected in (("plan_id", self.plan_id), ("column", self.path.name)):
             if record.get(name) != expected:
                 raise FormatError(
@@ -235,7 +246,7 @@ class Column:
 
     def committed_shards(self) -> set[int]:
         """Return the numbers of all committed shards (one directory listing)."""
-        names = (entry.name for entry in os.scandir(self.path))
+        names = [entry.name for entry in scan(self.path)]
         return {int(name[:-5]) for name in names if re.fullmatch(r"\d{6,}\.json", name)}
 
     def index(self, shard: int, num_rows: int) -> np.ndarray:
@@ -247,7 +258,7 @@ class Column:
         record = self.committed(shard)
         path = self.path / record["index"]
         try:
-            index = np.load(path, allow_pickle=False)
+            index = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
         except (OSError, EOFError, ValueError) as error:
             raise FormatError(f"{path} can't be read ({error}); encode the shard again") from None
         if index.dtype != INDEX_DTYPE or index.shape != (num_rows,):
@@ -266,8 +277,7 @@ class Column:
         if not sound.all():
             row = int(np.flatnonzero(~sound)[0])
             raise FormatError(
-                f"{path} row {row}: {index[row]} does not fit a tar of {tar_bytes} bytes; "
-                "encode the shard again"
+                f"{path} row {row}: {index[row]} doesn't fit {tar_bytes} bytes of tar; encode again"
             )
         return index
 
@@ -295,18 +305,26 @@ class Column:
         Raises:
             FormatError: no committed shard holds a payload.
         """
-        count, total, squares = 0, np.zeros(1), np.zeros(1)
-        for shard in sorted(self.committed_shards()):
-            sums = self.committed(shard)["channels"]
-            if sums["count"]:
-                count += sums["count"]
-                total = total + np.array(sums["sum"])
-                squares = squares + np.array(sums["sum_of_squares"])
-        if count == 0:
+        records = map_ahead(self.path, self.committed, sorted(self.committed_shards()))
+        statistics = statistics_of(record["channels"] for record in records)
+        if statistics is None:
             raise FormatError(f"{self.path} holds no encoded clip; run pipeline.encode first")
-        mean = total / count
-        std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-        return {"count": count, "mean": mean.tolist(), "std": std.tolist()}
+        return statistics
+
+
+def statistics_of(sums: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return ``Column.statistics`` of the shards' "channels", or None where they have no values."""
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for shard in sums:
+        if shard["count"]:
+            count += shard["count"]
+            total = total + np.array(shard["sum"])
+            squares = squares + np.array(shard["sum_of_squares"])
+    if count == 0:
+        return None
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return {"count": count, "mean": mean.tolist(), "std": std.tolist()}
 
 
 def open_column(root: Path, directory: str, plan_id: str) -> Column:
@@ -336,7 +354,7 @@ def column_directories(root: Path, modality: str | None = None) -> list[str]:
     wanted = (modality,) if modality else MODALITIES
     return sorted(
         entry.name
-        for entry in os.scandir(root)
+        for entry in scan(root)
         if entry.is_dir() and entry.name.partition("@")[0] in wanted and "@" in entry.name
     )
 

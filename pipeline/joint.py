@@ -6,20 +6,31 @@ import io
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from pipeline import format as fmt
+from pipeline.files import map_ahead, read_range
 from pipeline.plan_table import PlanTable
 from pipeline.records import read_index, read_record, record_problems, repair
 
 CLIP_FACTS = ("caption", "label", "split", "uri", "start_s", "duration_s")
 TEXT_SHARDS_OPEN = 64  # indices of text shards kept in memory
+ROWS_AHEAD = 32  # clips read from an object store before they are wanted
 
 
 class ShardRows:
-    """The rows of one shard of one column, read one at a time."""
+    """The rows of one shard of one column, read one at a time.
+
+    Attributes:
+        record: the shard's commit record.
+        index: its index, ``INDEX_DTYPE`` [rows].
+
+    Raises:
+        FormatError: the shard is not committed, or record or index are damaged.
+    """
 
     def __init__(self, column: fmt.Column, shard: int) -> None:
         self._column, self._shard = column, shard
@@ -27,23 +38,21 @@ class ShardRows:
         if record is None:
             raise fmt.FormatError(f"{column.path} shard {shard} is not committed; encode it first")
         self.record, self._path = record, column.path / record.tar
-        self._index = read_index(column, shard, record)
+        self.index = read_index(column, shard, record)
 
     def is_ok(self, row: int) -> bool:
         """Return whether the row has an array."""
-        return bool(self._index["status"][row] == fmt.OK)
+        return bool(self.index["status"][row] == fmt.OK)
 
-    def npy(self, row: int, key: str) -> bytes:
-        """Return a row's array as the bytes of a .npy file.
+    def array(self, row: int, key: str) -> np.ndarray:
+        """Return a row's array, read-only.
 
         Raises:
             FormatError: its checksum is wrong, or the tar is missing or ends before.
         """
-        entry = self._index[row]
+        entry = self.index[row]
         try:
-            with self._path.open("rb") as file:
-                file.seek(int(entry["offset"]))
-                payload = file.read(int(entry["nbytes"]))
+            payload = read_range(self._path, int(entry["offset"]), int(entry["nbytes"]))
         except FileNotFoundError:
             payload = b""
         if google_crc32c.value(payload) != int(entry["crc32c"]):
@@ -53,8 +62,12 @@ class ShardRows:
                 f"{entry['nbytes']}; {repair(self._column, self._shard)}"
             )
         shape = [int(size) for size in entry["shape"] if size]
+        return np.frombuffer(payload, self._column.spec.dtype).reshape(shape)
+
+    def npy(self, row: int, key: str) -> bytes:
+        """Return a row's array as the bytes of a .npy file; raises as ``array`` does."""
         npy = io.BytesIO()
-        np.save(npy, np.frombuffer(payload, self._column.spec.dtype).reshape(shape))
+        np.save(npy, self.array(row, key))
         return npy.getvalue()
 
 
@@ -86,16 +99,35 @@ class JointRows:
             arguments = column, shard, opened.record, self._rows_per_shard, clips["key"]
             for problem in record_problems(*arguments):
                 raise fmt.FormatError(problem)
-        for row, key in enumerate(clips["key"]):
-            places = {modality: (opened, row) for modality, opened in rows.items()}
-            if "text" in self._columns:
-                places["text"] = self._text_place(clips["text_row"][row])
-            if all(opened.is_ok(place) for opened, place in places.values()):
-                members = {f"{m}.npy": o.npy(place, key) for m, (o, place) in places.items()}
-                facts = {name: clips[name][row] for name in CLIP_FACTS}
-                yield key, {**members, "json": fmt.canonical_json(facts).encode()}
+        found = (
+            self._places(row, text_row, rows) for row, text_row in enumerate(clips["text_row"])
+        )
+        whole = [
+            (clips["key"][row], {name: clips[name][row] for name in CLIP_FACTS}, places)
+            for row, places in enumerate(found)
+            if all(opened.is_ok(place) for opened, place in places.values())
+        ]
+        yield from map_ahead(self._table.path, _sample, whole, ROWS_AHEAD)
+
+    def _places(
+        self, row: int, text_row: int, rows: dict[str, ShardRows]
+    ) -> dict[str, tuple[ShardRows, int]]:
+        """Return where a clip's arrays are, by modality."""
+        places = {modality: (opened, row) for modality, opened in rows.items()}
+        if "text" in self._columns:
+            places["text"] = self._text_place(text_row)
+        return places
 
     def _text_place(self, text_row: int) -> tuple[ShardRows, int]:
         shard = int(np.searchsorted(self._text_ends, text_row, side="right"))
         first = int(self._text_ends[shard - 1]) if shard else 0
         return self._open_text(shard), text_row - first
+
+
+def _sample(
+    clip: tuple[str, dict[str, Any], dict[str, tuple[ShardRows, int]]],
+) -> tuple[str, dict[str, bytes]]:
+    """Read the arrays of (key, facts, places) and return the clip's sample."""
+    key, facts, places = clip
+    members = {f"{m}.npy": opened.npy(row, key) for m, (opened, row) in places.items()}
+    return key, {**members, "json": fmt.canonical_json(facts).encode()}

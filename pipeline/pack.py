@@ -6,10 +6,8 @@ complete when the JSON beside it says so. The same columns give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
-import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -22,21 +20,20 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import format as fmt
-from pipeline.files import sync_folder, write_json
+from pipeline.data_root import open_root
+from pipeline.files import is_local, map_ahead, scan, write_json, writing
 from pipeline.joint import JointRows
 from pipeline.records import Count, Crc, Totals, first_error, read_record, record_problems
 from pipeline.shards import naming_a_full_disk
-from pipeline.sweep import one_line_errors, progress_bar, read_plan
+from pipeline.sweep import command_parser, one_line_errors, progress_bar
 
 
 def main() -> None:
     """Parse the command line, pack, print what was done."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.pack",
-        description="Join columns into one WebDataset tar per shard. The same command resumes.",
+    parser = command_parser(
+        "pack", "Join columns into one WebDataset tar per shard. The same command resumes."
     )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="data set folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the tars")
+    parser.add_argument("--out", required=True, help="where the tars go, a folder or a URL")
     parser.add_argument(
         "--columns", default="video,audio,text", help="modalities to join (default: all three)"
     )
@@ -49,17 +46,17 @@ def main() -> None:
         default="error",
         help="clips that are not ok in all columns: refuse to pack (default), or leave them out",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args()
     with one_line_errors("complete tars are kept; the same command goes on"):
         names = {m: getattr(arguments, m) for m in chosen_modalities(arguments.columns)}
-        summary = pack(arguments.dir, arguments.out, names, arguments.missing)
+        root, out = open_root(arguments.dir), open_root(arguments.out)
+        summary = pack(root, out, names, arguments.missing)
     if arguments.json:
         print(json.dumps(summary, indent=2))
     else:
         print(
             f"{summary['clips']} clips in {summary['shards']} tars ({summary['shards_there']} were "
-            f"there), {summary['bytes'] / 1e6:,.1f} MB in {arguments.out}; "
+            f"there), {summary['bytes'] / 1e6:,.1f} MB in {summary['out']}; "
             f"{summary['dropped']} clips left out"
         )
 
@@ -114,7 +111,7 @@ def pack(root: Path, out: Path, names: dict[str, str | None], missing: str) -> d
         FormatError: the data set is not complete or damaged, or ``out`` holds something else.
         NoRoomError: the disk is full; complete tars are kept.
     """
-    plan = read_plan(root)
+    plan = fmt.read_plan(root)
     columns = {m: fmt.find_column(root, m, name, plan.plan_id) for m, name in names.items()}
     directories = {modality: column.path.name for modality, column in columns.items()}
     settings: dict[str, Any] = {
@@ -154,28 +151,30 @@ def packed_shards(out: Path, settings: dict[str, Any]) -> dict[int, PackedShard]
     Raises:
         FormatError: it holds other files, or tars that were packed with other settings.
     """
-    found = {}
-    for path in sorted(out.iterdir()) if out.exists() else []:
-        if path.name.startswith("."):
-            continue
-        if not re.fullmatch(r"\d{6,}\.(tar|json)", path.name):
+    try:
+        listed = {entry.name: entry for entry in scan(out) if not entry.name.startswith(".")}
+    except FileNotFoundError:
+        return {}
+    for name in sorted(listed):
+        if not re.fullmatch(r"\d{6,}\.(tar|json)", name):
             raise fmt.FormatError(
-                f"--out {out} holds {path.name}, which no pack wrote; name another folder"
+                f"--out {out} holds {name}, which no pack wrote; name another folder"
             )
-        if path.suffix == ".tar":
-            continue
+    paths = [out / name for name in sorted(listed) if name.endswith(".json")]
+    found = {}
+    for path, value in zip(paths, map_ahead(out, fmt.read_json, paths), strict=True):
         try:
-            packed = TypeAdapter(PackedShard).validate_python(fmt.read_json(path))
+            packed = TypeAdapter(PackedShard).validate_python(value)
         except ValidationError as error:
             raise fmt.FormatError(f"{path}: {first_error(error)}; use another --out") from None
-        for name, value in settings.items():
-            if packed.settings[name] != value:
+        for name, wanted in settings.items():
+            if packed.settings[name] != wanted:
                 raise fmt.FormatError(
-                    f"{path}: packed with {name} {packed.settings[name]}, this run has {value}; "
+                    f"{path}: packed with {name} {packed.settings[name]}, this run has {wanted}; "
                     "use another --out, or remove the tars there"
                 )
-        tar = path.with_suffix(".tar")
-        if tar.exists() and tar.stat().st_size == packed.tar_bytes:
+        tar = listed.get(f"{path.stem}.tar")
+        if tar is not None and tar.stat().st_size == packed.tar_bytes:
             found[int(path.stem)] = packed
     return found
 
@@ -189,8 +188,9 @@ def tar_checksums(column: fmt.Column, plan: fmt.Plan, must_be_ok: bool) -> list[
     """
     rows_per_shard = plan.shard_rows(text=column.spec.modality == "text")
     crcs, totals, uncommitted = [], Totals(), []
-    for shard in range(len(rows_per_shard)):
-        record = read_record(column, shard)
+    shards = range(len(rows_per_shard))
+    records = map_ahead(column.path, lambda shard: read_record(column, shard), shards)
+    for shard, record in enumerate(records):
         if record is None:
             uncommitted.append(shard)
             continue
@@ -242,9 +242,9 @@ def write_tar(
         NoRoomError: the disk is full.
     """
     stem, clips = fmt.shard_name(shard), 0
-    temporary = out / f".{stem}.{os.getpid()}.tmp"
+    path = out / f"{stem}.tar"
     try:
-        with naming_a_full_disk(temporary), temporary.open("wb") as file:
+        with naming_a_full_disk(path), writing(path) as file:
             writer: Any = ChecksummedWriter(file)
             with tarfile.open(fileobj=writer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for key, members in samples:
@@ -253,14 +253,11 @@ def write_tar(
                         member = tarfile.TarInfo(f"{key}.{extension}")
                         member.size, member.mode = len(data), 0o644
                         tar.addfile(member, io.BytesIO(data))
-            file.flush()
-            os.fsync(file.fileno())
-        (out / f"{stem}.json").unlink(missing_ok=True)
-        temporary.rename(out / f"{stem}.tar")
-        sync_folder(out)
+            (out / f"{stem}.json").unlink(missing_ok=True)
     finally:
-        for path in out.glob(f".{stem}.*.tmp"):  # those of killed runs too
-            path.unlink(missing_ok=True)
+        if is_local(out):
+            for left in out.glob(f".{stem}.*.tmp"):  # by killed runs
+                left.unlink(missing_ok=True)
     return {"clips": clips, "tar_bytes": writer.position, "tar_crc32c": writer.crc32c}
 
 

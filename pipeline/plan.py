@@ -16,7 +16,7 @@ from pipeline.draft import PLAN_SCHEMA, ClipsHash, Draft, draft_shards
 from pipeline.plan_table import PLAN_NAME
 from pipeline.settings import ConfigError
 from pipeline.sources import CLIP_SCHEMA, Listing, Source
-from pipeline.tables import parquet_writer, pc
+from pipeline.tables import open_parquet, parquet_writer, pc
 
 
 def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
@@ -96,7 +96,7 @@ def _refuse_other_files(root: Path) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise ConfigError(f"--out {root}: {error.strerror}") from None
+        raise ConfigError(f"--out {root}: {error.strerror or error}") from None
     if others := [name for name in others if not name.startswith(".")]:
         raise ConfigError(
             f"--out {root} is neither empty nor a data set (it holds {others[0]}); "
@@ -126,7 +126,7 @@ def _write_tables(root: Path, draft: Draft, before: fmt.Plan | None = None) -> s
 
 def _copy_groups(path: Path, num_groups: int, writer: pq.ParquetWriter) -> None:
     if num_groups:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             for group in range(num_groups):
                 writer.write_table(file.read_row_group(group))
 
@@ -185,7 +185,8 @@ def _read_column(path: Path, name: str, num_rows: int) -> pa.ChunkedArray:
         FormatError: it can't be read.
     """
     try:
-        column = pq.read_table(path, columns=[name])[name]
+        with open_parquet(path) as file:
+            column = file.read(columns=[name])[name]
     except (OSError, pa.ArrowException, KeyError) as error:
         raise fmt.FormatError(f"{path} can't be read ({error}); restore it") from None
     return column.slice(0, num_rows).cast(CLIP_SCHEMA.field("key").type)

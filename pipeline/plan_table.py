@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from pipeline import format as fmt
 from pipeline.captions import CAPTIONS_NAME
 from pipeline.media import Clip
+from pipeline.tables import open_parquet
 
 PLAN_NAME = "plan.parquet"
 
@@ -91,7 +92,7 @@ class PlanTable:
 
     def _open(self, path: Path, rows_per_shard: np.ndarray) -> pq.ParquetFile:
         with self._naming_damage(path):
-            file = pq.ParquetFile(path)
+            file = open_parquet(path)
         groups = range(min(file.num_row_groups, len(rows_per_shard)))
         if [file.metadata.row_group(g).num_rows for g in groups] != rows_per_shard.tolist():
             raise fmt.FormatError(

@@ -17,12 +17,14 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import format as fmt
+from pipeline.files import map_ahead
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Crc = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0)]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_.-]*$")]  # leads nowhere else
+FactsName = Annotated[str, Field(pattern=r"^(facts@[A-Za-z0-9_-]+)?$")]
 
 
 @checked_dataclass(frozen=True)
@@ -38,8 +40,8 @@ class ChannelSums:
 class CommitRecord:
     """What a commit record says of its shard, with the types that it must have.
 
-    ``run_id``, ``host``, ``seconds`` and ``encode_s`` are the encoder's notes, empty or None
-    where another writer left none.
+    ``facts`` (name of the folder of facts), ``run_id``, ``host``, ``seconds`` and ``encode_s`` are
+    the encoder's notes, empty or None where another writer left none.
     """
 
     shard: Count
@@ -53,6 +55,7 @@ class CommitRecord:
     tar_crc32c: Crc
     index_crc32c: Crc
     channels: ChannelSums
+    facts: FactsName = ""
     run_id: str = ""
     host: str = ""
     seconds: Seconds | None = None
@@ -71,6 +74,7 @@ class Totals:
     ok: int = 0
     bytes: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
+    channels: list[ChannelSums] = field(default_factory=list)  # of shards that hold a payload
 
     def add(self, record: CommitRecord) -> None:
         """Take in one shard."""
@@ -79,6 +83,35 @@ class Totals:
         self.ok += record.ok
         self.bytes += record.tar_bytes
         self.statuses.update(record.status_counts)
+        if record.channels.count:
+            self.channels.append(record.channels)
+
+    def statistics(self) -> dict[str, Any] | None:
+        """Return what ``format.Column.statistics`` does, or None where no shard has a payload.
+
+        Raises:
+            FormatError: the shards have not the same number of channels.
+        """
+        lengths = {len(values) for c in self.channels for values in (c.sum, c.sum_of_squares)}
+        if len(lengths) > 1:
+            raise fmt.FormatError(
+                f"commit records hold sums of {sorted(lengths)} channels, expected as many in all "
+                "shards; pipeline.verify --full names them"
+            )
+        return fmt.statistics_of(vars(sums) for sums in self.channels)
+
+
+def sum_records(column: fmt.Column) -> Totals:
+    """Sum all commit records of a column.
+
+    Raises:
+        FormatError: one of them is damaged.
+    """
+    totals, shards = Totals(), sorted(column.committed_shards())
+    for record in map_ahead(column.path, lambda shard: read_record(column, shard), shards):
+        if record is not None:
+            totals.add(record)
+    return totals
 
 
 def repair(column: fmt.Column, shard: int) -> str:
@@ -101,10 +134,6 @@ def read_record(column: fmt.Column, shard: int) -> CommitRecord | None:
     try:
         raw = column.commit(shard)
         record = RECORD_TYPE.validate_python(raw) if raw is not None else None
-    except fmt.FormatError:
-        if not path.exists():  # taken back in this very moment, by --retry-failed
-            return None
-        raise
     except ValidationError as error:
         message = f"{path}: {first_error(error)}; {repair(column, shard)}"
         raise fmt.FormatError(message) from None

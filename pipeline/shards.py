@@ -1,21 +1,18 @@
 """The column writer: the rows of one shard go into a tar and an index, then the commit.
 
-Rows are streamed to hidden temporaries, so a killed writer leaves nothing a reader would look
-at. `ShardWriter.commit` publishes tar, index and, last, the commit record; the first writer of a
-shard wins and every later one is told so. The same rows write the same bytes. The folder lock
-needs a file system with `flock` on directories (local disks, Lustre, BeeGFS, CephFS).
+Rows are streamed to temporaries, so a killed writer leaves nothing a reader would look at.
+`ShardWriter.commit` publishes tar, index and, last, the commit record (``pipeline.publish``); the
+first writer of a shard wins and every later one is told so. The same rows write the same bytes.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import io
-import os
 import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +20,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from pipeline.files import sync_folder, write_durably, write_json
+from pipeline.files import is_local, write_json
 from pipeline.format import (
     INDEX_DTYPE,
     OK,
@@ -34,13 +31,13 @@ from pipeline.format import (
     check_key,
     keys_hash,
     open_column,
-    shard_name,
     status_counts,
 )
+from pipeline.publish import shard_files
 
 
 class NoRoomError(Exception):
-    """The disk, or the quota on it, is full."""
+    """The disk or the object store, or a quota on it, is full."""
 
 
 def create_column(root: Path, spec: ColumnSpec, plan_id: str) -> Column:
@@ -63,7 +60,8 @@ class ShardWriter:
     """Writes one shard of one column; a context manager.
 
     Leaving the block without a successful `commit`, by an exception or not, removes the
-    temporaries: nothing is published.
+    temporaries: nothing is published. Its methods may be called in different threads, one after
+    the other.
 
     Args:
         column: the column, from `create_column`.
@@ -73,25 +71,17 @@ class ShardWriter:
 
     def __init__(self, column: Column, shard: int, attempt: str) -> None:
         self._column, self._shard, self._attempt = column, shard, check_key(attempt)
-        hidden = f".{shard_name(shard)}.{attempt}"
-        self._tar_path = column.path / f"{hidden}.tmp"
-        self._index_path = column.path / f"{hidden}.idx.tmp"
-        self._record_path = column.path / f"{hidden}.json.tmp"
         self._keys: list[str] = []
         self._records: list[np.ndarray] = []
         self._sums = np.zeros((2, 1))  # of values and of squares, one per channel
         self._num_values, self._tar_bytes, self._tar_crc = 0, 0, 0
 
     def __enter__(self) -> ShardWriter:
-        self._tar_path.unlink(missing_ok=True)
-        self._tar = self._tar_path.open("xb")
+        self._files = shard_files(self._column.path, self._shard, self._attempt)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with suppress(OSError):  # the flush to a full disk, whose first error is on its way up
-            self._tar.close()
-        for path in (self._tar_path, self._index_path, self._record_path):
-            path.unlink(missing_ok=True)
+        self._files.close()
 
     def add(self, key: str, array: np.ndarray | None, status: int = OK) -> None:
         """Write the next row, in plan order.
@@ -117,7 +107,7 @@ class ShardWriter:
         if array is not None:
             self._check(key, array)
             record["shape"][: array.ndim] = array.shape
-            with naming_a_full_disk(self._tar_path):
+            with naming_a_full_disk(self._files.place):
                 record["offset"], record["crc32c"] = self._write_member(key, array)
             record["nbytes"] = array.nbytes
             axis = self._column.spec.channel_axis
@@ -125,31 +115,30 @@ class ShardWriter:
             self._num_values += array.size // array.shape[axis]
         self._records.append(record)
 
-    def commit(self, extra: dict[str, Any] | None = None) -> bool:
+    def commit(self, extra: dict[str, Any] | None = None, replacing: bool = False) -> bool:
         """Publish the shard, unless another writer has.
 
         Args:
             extra: more facts for the commit record: timings, versions, host.
+            replacing: take the place of the shard that is committed.
 
         Returns:
             Whether this writer's shard is the one published.
 
         Raises:
-            NoRoomError: the disk is full; nothing is published.
+            NoRoomError: the disk, or the store, is full; nothing is published.
+            OSError: of an object store: ``errno.EIO`` where the network fails for long, EACCES
+                where it refuses.
         """
         canonical_json(extra or {})  # unfit facts must fail before anything is published
-        with naming_a_full_disk(self._tar_path):
+        with naming_a_full_disk(self._files.place):
             self._finish_tar()
-            index_crc = self._write_index()
-            with locked_folder(self._column.path):
-                stem = self._column.path / shard_name(self._shard)
-                wins = not stem.with_suffix(".json").exists() and self._owns_temporary()
-                if wins:
-                    self._publish(stem, {**(extra or {}), **self._record(stem, index_crc)})
-                if stem.with_suffix(".json").exists():  # a killed writer's files, or the losers'
-                    for path in self._column.path.glob(f".{stem.name}.*.tmp"):
-                        path.unlink(missing_ok=True)
-        return wins
+        index = io.BytesIO()
+        np.save(index, np.array(self._records, dtype=INDEX_DTYPE))
+        record = {**(extra or {}), **self._record(google_crc32c.value(index.getvalue()))}
+        with naming_a_full_disk(self._column.path / self._files.tar_name):
+            data = f"{canonical_json(record)}\n".encode()
+            return self._files.publish(index.getvalue(), data, replacing)
 
     def _check(self, key: str, array: np.ndarray) -> None:
         spec = self._column.spec
@@ -171,7 +160,7 @@ class ShardWriter:
         return offset, google_crc32c.value(payload)
 
     def _write(self, data: Any) -> None:
-        self._tar.write(data)
+        self._files.tar.write(data)
         self._tar_crc = google_crc32c.extend(self._tar_crc, data)
         self._tar_bytes += len(data)
 
@@ -179,31 +168,16 @@ class ShardWriter:
         """End the archive as `tarfile` does: two empty blocks, then up to a whole record."""
         end = 2 * tarfile.BLOCKSIZE
         self._write(bytes(end + -(self._tar_bytes + end) % tarfile.RECORDSIZE))
-        self._tar.flush()
-        os.fsync(self._tar.fileno())
 
-    def _write_index(self) -> int:
-        """Write the index's temporary and return its crc32c."""
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(self._records, dtype=INDEX_DTYPE))
-        write_durably(self._index_path, buffer.getvalue())
-        return google_crc32c.value(buffer.getvalue())
-
-    def _owns_temporary(self) -> bool:
-        """Whether the name still leads to our file: the winner removes all others."""
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(self._tar.fileno()), self._tar_path.stat())
-        return False
-
-    def _record(self, stem: Path, index_crc: int) -> dict[str, Any]:
+    def _record(self, index_crc: int) -> dict[str, Any]:
         codes = [int(record["status"]) for record in self._records]
         total, squares = self._sums.tolist()
         return {
             "plan_id": self._column.plan_id,
             "column": self._column.path.name,
             "shard": self._shard,
-            "tar": f"{stem.name}.tar",
-            "index": f"{stem.name}.idx.npy",
+            "tar": self._files.tar_name,
+            "index": self._files.index_name,
             "rows": len(codes),
             "ok": codes.count(OK),
             "status_counts": status_counts(codes),
@@ -214,16 +188,6 @@ class ShardWriter:
             "channels": {"count": self._num_values, "sum": total, "sum_of_squares": squares},
             "attempt": self._attempt,
         }
-
-    def _publish(self, stem: Path, record: dict[str, Any]) -> None:
-        """Give the files their names, the record's last; a crash before it leaves no shard."""
-        write_durably(self._record_path, f"{canonical_json(record)}\n".encode())
-        self._tar_path.rename(self._column.path / record["tar"])
-        self._index_path.rename(self._column.path / record["index"])
-        sync_folder(self._column.path)
-        # A link, not a rename: it can't replace a record that is there already.
-        stem.with_suffix(".json").hardlink_to(self._record_path)
-        sync_folder(self._column.path)
 
 
 def member_header(name: str, shape: Sequence[int], dtype: np.dtype) -> bytes:
@@ -246,17 +210,6 @@ def channel_sums(array: np.ndarray, channel_axis: int) -> np.ndarray:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the folder itself, so that no lock file is left behind."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
 def naming_a_full_disk(path: Path) -> Iterator[None]:
     """Turn "no space left" into a `NoRoomError` that says where and how to go on."""
     try:
@@ -264,8 +217,10 @@ def naming_a_full_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path.parent).free
+        reason = str(error.strerror)
+        if is_local(path):
+            reason += f"; {shutil.disk_usage(path.parent).free:,} bytes free"
         raise NoRoomError(
-            f"no room to write {path} ({error.strerror}; {free:,} bytes free); make room and run "
-            "the same command again, committed shards are kept"
+            f"no room to write {path} ({reason}); make room and run the same command again, "
+            "committed shards are kept"
         ) from error

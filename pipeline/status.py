@@ -1,19 +1,16 @@
 """``python -m pipeline.status DIR``: what a data set holds, from its commit records alone.
 
 It may be called while a run writes: what appears or goes meanwhile is counted or not, and never
-an error. Costs one small file a committed shard.
+an error. Costs one small file a committed shard; of an object store, a request each, several at
+once.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import sys
-import time
 from collections import Counter
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +18,20 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import format as fmt
-from pipeline.records import Count, Seconds, Totals, first_error, read_record, record_problems
+from pipeline.data_root import open_root
+from pipeline.files import map_ahead
+from pipeline.orphans import ColumnFiles, Found, all_files, entries, temporaries
+from pipeline.records import (
+    CommitRecord,
+    Count,
+    Seconds,
+    Totals,
+    first_error,
+    read_record,
+    record_problems,
+)
 from pipeline.speed import Speed, mean_clip_s
-from pipeline.sweep import one_line_errors, read_plan
+from pipeline.sweep import command_parser, one_line_errors
 
 RUNS_SHOWN = 5
 ORPHANS_SHOWN = 10
@@ -31,20 +39,18 @@ ORPHANS_SHOWN = 10
 
 def main() -> None:
     """Parse the command line, print the status; exit 1 where something is damaged."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.status",
-        description="Say what a data set holds: columns, clips by status, sizes, speed, runs.",
+    parser = command_parser(
+        "status", "Say what a data set holds: columns, clips by status, sizes, speed, runs."
     )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="data set folder")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args()
     with one_line_errors("nothing was changed"):
-        status = data_set_status(arguments.dir)
+        root = open_root(arguments.dir)
+        status = data_set_status(root)
         print(json.dumps(status, indent=2) if arguments.json else as_text(status))
         if status["problems"]:
             sys.exit(
                 f"error: {len(status['problems'])} damaged; python -m pipeline.verify "
-                f"{arguments.dir} looks closer"
+                f"{root} looks closer"
             )
 
 
@@ -54,9 +60,9 @@ def data_set_status(root: Path) -> dict[str, Any]:
     Raises:
         FormatError: there is no plan.
     """
-    plan = read_plan(root)
+    plan = fmt.read_plan(root)
     problems: list[str] = []
-    orphans = stat_files(root, root, hidden_names(root))
+    orphans = temporaries(root)
     columns = []
     for name in fmt.column_directories(root):
         try:
@@ -64,8 +70,8 @@ def data_set_status(root: Path) -> dict[str, Any]:
         except fmt.FormatError as error:
             problems.append(str(error))
             continue
-        columns.append(column_status(root, column, plan, problems, orphans))
-    facts = [facts_status(root, folder, orphans) for folder in sorted(root.glob("facts@*"))]
+        columns.append(column_status(column, plan, problems, orphans))
+    facts = [facts_status(folder, orphans) for folder in sorted(root.glob("facts@*"))]
     return {
         "dir": str(root),
         "plan": {
@@ -79,7 +85,7 @@ def data_set_status(root: Path) -> dict[str, Any]:
         "columns": columns,
         "facts": facts,
         "runs": runs_status(root / "runs", problems),
-        "orphans": orphans,
+        "orphans": [orphan.told(root) for orphan in orphans],
         "problems": problems,
     }
 
@@ -95,30 +101,29 @@ class RunSummary:
 
 
 def column_status(
-    root: Path,
-    column: fmt.Column,
-    plan: fmt.Plan,
-    problems: list[str],
-    orphans: list[dict[str, Any]],
+    column: fmt.Column, plan: fmt.Plan, problems: list[str], orphans: list[Found]
 ) -> dict[str, Any]:
     """Sum the commit records of a column; add to the lists what is damaged or left over."""
     rows_per_shard = plan.shard_rows(text=column.spec.modality == "text")
-    # Listed before the records are read: a shard committed meanwhile leaves nothing over.
-    there = {entry.name for entry in os.scandir(column.path)}
-    totals, speed = Totals(), Speed()
+    files, totals, speed = ColumnFiles(column.path), Totals(), Speed()
     hosts, runs = Counter[str](), Counter[str]()
-    named, encoded = {"column.json", "captions.parquet"}, list[int]()
-    for shard in sorted(column.committed_shards()):
-        stem = fmt.shard_name(shard)
-        named |= {f"{stem}{ending}" for ending in (".json", ".tar", ".idx.npy")}
+    encoded = list[int]()
+
+    def read(shard: int) -> CommitRecord | fmt.FormatError | None:
         try:
-            record = read_record(column, shard)
+            return read_record(column, shard)
         except fmt.FormatError as error:
-            problems.append(str(error))
+            return error
+
+    shards = sorted(column.committed_shards())
+    for shard, record in zip(shards, map_ahead(column.path, read, shards), strict=True):
+        if isinstance(record, fmt.FormatError):
+            problems.append(str(record))
+            files.claim(shard, None)
             continue
         if record is None:
             continue
-        named |= {record.tar, record.index}
+        files.claim(shard, record)
         problems += record_problems(column, shard, record, rows_per_shard, None)
         totals.add(record)
         speed.add(shard, record)
@@ -126,13 +131,13 @@ def column_status(
         runs[record.run_id or "unknown"] += 1
         if record.ok:
             encoded.append(shard)
-    orphans += stat_files(root, column.path, there - named)
+    orphans += files.orphans()
     clip_s = mean_clip_s(column, encoded, problems)
     return {
         "name": column.path.name,
         "modality": column.spec.modality,
         "shards_planned": len(rows_per_shard),
-        **vars(totals),
+        **{name: getattr(totals, name) for name in ("shards", "rows", "ok", "bytes", "statuses")},
         "mean_clip_s": clip_s and round(clip_s, 3),
         "speed": speed.summary(clip_s),
         "hosts": dict(hosts),
@@ -140,29 +145,13 @@ def column_status(
     }
 
 
-def facts_status(root: Path, folder: Path, orphans: list[dict[str, Any]]) -> dict[str, Any]:
+def facts_status(folder: Path, orphans: list[Found]) -> dict[str, Any]:
     """Count the shards that have facts in a folder."""
-    names = {e.name for e in os.scandir(folder) if re.fullmatch(r"\d{6,}\.parquet", e.name)}
-    sizes = [file["bytes"] for file in stat_files(root, folder, names)]
-    orphans += stat_files(root, folder, hidden_names(folder))
+    orphans += temporaries(folder)
+    listed = entries(folder)
+    shards = {name: listed[name] for name in listed if re.fullmatch(r"\d{6,}\.parquet", name)}
+    sizes = [file.num_bytes for file in all_files(folder, shards)]
     return {"name": folder.name, "shards": len(sizes), "bytes": sum(sizes)}
-
-
-def hidden_names(folder: Path) -> set[str]:
-    """Return the names of the hidden files of a folder: temporaries of a writer."""
-    return {e.name for e in os.scandir(folder) if e.name.startswith(".") and not e.is_dir()}
-
-
-def stat_files(root: Path, folder: Path, names: set[str]) -> list[dict[str, Any]]:
-    """Return path, size and age of files; those that have gone meanwhile are left out."""
-    found = []
-    for name in sorted(names):
-        with suppress(FileNotFoundError):
-            facts = (folder / name).lstat()
-            age_s = round(max(0.0, time.time() - facts.st_mtime), 1)
-            path = str((folder / name).relative_to(root))
-            found.append({"file": path, "bytes": facts.st_size, "age_s": age_s})
-    return found
 
 
 def runs_status(folder: Path, problems: list[str]) -> dict[str, Any]:
@@ -216,8 +205,8 @@ def as_text(status: dict[str, Any]) -> str:
     total = sum(orphan["bytes"] for orphan in orphans)
     lines.append(f"files that no commit record names: {len(orphans)}, {total / 1e6:,.1f} MB")
     for orphan in orphans[:ORPHANS_SHOWN]:
-        size_age = f"{orphan['bytes'] / 1e6:,.1f} MB, {orphan['age_s']:,.0f} s old"
-        lines.append(f"  {orphan['file']}  {size_age}")
+        age = "" if orphan["age_s"] is None else f", {orphan['age_s']:,.0f} s old"
+        lines.append(f"  {orphan['file']}  {orphan['bytes'] / 1e6:,.1f} MB{age}")
     lines += [f"  … {len(orphans) - ORPHANS_SHOWN} more"] * (len(orphans) > ORPHANS_SHOWN)
     return "\n".join([*lines, *(f"damaged: {problem}" for problem in status["problems"])])
 

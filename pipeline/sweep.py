@@ -1,38 +1,31 @@
-"""What the commands that look over a whole data set share: status, verify and pack.
+"""What the commands that look over a whole data set share: arguments, progress, how they end.
 
-The plan's head, and how such a command shows progress and ends. Imports neither torch nor Ray, so
-that a command starts at once.
+Imports neither torch nor Ray, so that a command starts at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from tqdm import tqdm
 
-from pipeline import format as fmt
+from pipeline.format import FormatError
+from pipeline.settings import ConfigError
 from pipeline.shards import NoRoomError
+from pipeline.storage import scrubbed
+
+INTERRUPTED = 130  # how shells tell that Ctrl-C ended a program: 128 + SIGINT
 
 
-def read_plan(root: Path) -> fmt.Plan:
-    """Read the plan's head and check the numbers in it.
-
-    Raises:
-        FormatError: there is none, or it is damaged.
-    """
-    plan = fmt.read_plan(root)
-    sizes = [(s.first_shard, s.num_clips, s.shard_size) for s in (*plan.clips, *plan.captions)]
-    is_sound = all(type(size) is int and size >= 0 for three in sizes for size in three)
-    is_sound = is_sound and all(shard_size > 0 for _, _, shard_size in sizes)
-    if not (is_sound and isinstance(plan.plan_id, str) and isinstance(plan.source, dict)):
-        raise fmt.FormatError(
-            f"{root / 'plan.json'} is damaged (plan_id {plan.plan_id!r:.40}, segments {sizes}, "
-            f"source {plan.source!r:.80}; expected text, counts and an object); restore it"
-        )
-    return plan
+def command_parser(name: str, description: str) -> argparse.ArgumentParser:
+    """Return a parser of what all commands take: DIR and --json."""
+    parser = argparse.ArgumentParser(prog=f"python -m pipeline.{name}", description=description)
+    parser.add_argument("dir", metavar="DIR", help="data set, a folder or a URL")
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    return parser
 
 
 def progress_bar(total: int, unit: str) -> tqdm:
@@ -46,14 +39,15 @@ def one_line_errors(after_stop: str) -> Iterator[None]:
     """End the program with one line and exit code 1 where an expected error comes up.
 
     Args:
-        after_stop: what to say after Ctrl-C.
+        after_stop: what to say after Ctrl-C, where the exit code is 130.
     """
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; {after_stop}")
-    except (fmt.FormatError, NoRoomError) as error:
+        sys.stderr.write(f"\nstopped; {after_stop}\n")
+        sys.exit(INTERRUPTED)
+    except (FormatError, NoRoomError, ConfigError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
-        sys.exit(f"error:{where}: {error.strerror or error}")
+        where = f" {error.filename}:" if error.filename else ""
+        sys.exit(f"error:{where} {error.strerror or scrubbed(error)}")

@@ -1,9 +1,8 @@
-"""Parquet tables that survive a crash: written whole or not at all."""
+"""Parquet tables of a data set that survive a crash: written whole or not at all."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,29 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from pipeline.files import sync_folder, write_atomically
+from pipeline.files import is_local, write_atomically, writing
 
 # Makes its functions when it is imported, unseen by type checkers.
 pc: Any = pyarrow.compute
+
+
+def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read a small table, or columns of it.
+
+    Raises:
+        FileNotFoundError, OSError, pa.ArrowException: it is not there, or can't be read.
+    """
+    source: Any = path if is_local(path) else pa.BufferReader(path.read_bytes())
+    return pq.read_table(source, columns=list(columns) if columns is not None else None)
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Open a table of any size, of which only what is asked for is read.
+
+    Raises:
+        FileNotFoundError, OSError, pa.ArrowException: it is not there, or is no table.
+    """
+    return pq.ParquetFile(path if is_local(path) else path.open("rb"))
 
 
 def write_parquet(path: Path, table: pa.Table) -> None:
@@ -31,14 +49,5 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
     Without statistics: nothing asks for them, and of 20,000 row groups they are half the footer.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, schema, write_statistics=False) as writer:
-            yield writer
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    with writing(path) as file, pq.ParquetWriter(file, schema, write_statistics=False) as writer:
+        yield writer

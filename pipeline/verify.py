@@ -8,7 +8,6 @@ payload at a time.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +21,10 @@ from tqdm import tqdm
 
 from pipeline import format as fmt
 from pipeline.captions import caption_hashes, read_rows
+from pipeline.data_root import open_root
 from pipeline.plan_table import PlanTable
 from pipeline.records import Totals, read_index, read_record, record_path, record_problems, repair
-from pipeline.sweep import one_line_errors, progress_bar, read_plan
+from pipeline.sweep import command_parser, one_line_errors, progress_bar
 from pipeline.tar_check import check_tar
 
 
@@ -47,14 +47,11 @@ class Finding:
 
 def main() -> None:
     """Parse the command line and verify; exit 1 where anything was found."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.verify",
-        description="Compare a data set with its plan, its commit records and its checksums.",
+    parser = command_parser(
+        "verify", "Compare a data set with its plan, its commit records and its checksums."
     )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="data set folder")
     parser.add_argument("--full", action="store_true", help="read every byte of every tar")
     parser.add_argument("--columns", help="modalities or column folders, comma-separated")
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args()
     findings: list[Finding] = []
 
@@ -65,17 +62,16 @@ def main() -> None:
 
     with one_line_errors("nothing was changed"):
         wanted = arguments.columns.split(",") if arguments.columns else None
-        columns = verify(arguments.dir, report, wanted, arguments.full)
+        root = open_root(arguments.dir)
+        columns = verify(root, report, wanted, arguments.full)
         if arguments.json:
-            value = {"dir": str(arguments.dir), "full": arguments.full, "columns": columns}
+            value = {"dir": str(root), "full": arguments.full, "columns": columns}
             listed = [asdict(finding) for finding in findings]
             print(json.dumps({**value, "findings": listed}, indent=2))
         else:
             print_summary(columns)
         if findings:
-            sys.exit(
-                f"error: {len(findings)} finding{'s' * (len(findings) > 1)} in {arguments.dir}"
-            )
+            sys.exit(f"error: {len(findings)} finding{'s' * (len(findings) > 1)} in {root}")
 
 
 def verify(
@@ -98,7 +94,7 @@ def verify(
     Raises:
         FormatError: there is no readable plan, or no column that ``wanted`` names.
     """
-    plan = read_plan(root)
+    plan = fmt.read_plan(root)
     table = PlanTable(root, plan)
     checks = []
     for name in choose_columns(root, wanted):
@@ -206,7 +202,10 @@ class ColumnCheck:
         problems = list(record_problems(self.column, shard, record, self.rows_per_shard, keys))
         yield from (Finding(problem) for problem in problems)
         tar = self.column.path / record.tar
-        found = tar.stat().st_size if tar.exists() else None
+        try:
+            found = tar.stat().st_size
+        except FileNotFoundError:
+            found = None
         if found != record.tar_bytes:
             state = "is missing" if found is None else f"has {found} bytes"
             yield Finding(
