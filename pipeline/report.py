@@ -130,10 +130,10 @@ class RunReport:
             NoRoomError: the disk is full.
         """
         now_s = time.monotonic()
-        is_starting = self._tally.first_news_s is None
-        self._tally.update(news, now_s)
-        if is_starting and self._tally.first_news_s is not None:  # no rate counts the start of Ray
+        if self._tally.first_news_s is None and news.task:
+            self._sample(now_s)  # until now the cells started: no rate shall count that
             self._points = deque([self._tally.point(now_s)])
+        self._tally.update(news, now_s)
         shard = list(news.task) if news.task else None
         for clip in news.failed:
             self._events.write(
@@ -181,11 +181,11 @@ class RunReport:
             recent = rates_between(self._points[0], self._tally.point(now_s))
             self._display.show(self._tally, recent)
         if now_s >= self._next_sample_s:
-            self._next_sample_s = now_s + SAMPLE_INTERVAL_S
             self._sample(now_s)
 
     def _sample(self, now_s: float) -> None:
         """Write the rates since the last sample."""
+        self._next_sample_s = now_s + SAMPLE_INTERVAL_S
         tally, point = self._tally, self._tally.point(now_s)
         # The last interval of a run may be a blink: then its rates are those since the one before.
         is_short = now_s - self._points[-1].time_s < SAMPLE_INTERVAL_S / 2

@@ -1,77 +1,39 @@
-"""Following a run: what is counted, what is shown, what is written, on a disk and on a store."""
+"""Following a run: what is counted and what is written, on a disk and on an object store."""
 
-import io
 import json
-import re
 import subprocess
 import sys
-import time as real_time
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-from pipeline import display, event_log, report, tally
+from pipeline import report, tally
 from pipeline.config import EncodeConfig
 from pipeline.data_root import open_root
-from pipeline.display import Display, duration_text
-from pipeline.event_log import EventLog, read_events
-from pipeline.format import FormatError, Plan, PlanSegment, read_json
-from pipeline.jobs import FailedClip, ShardUpdate
+from pipeline.event_log import read_events
+from pipeline.jobs import ShardUpdate
 from pipeline.records import Totals
-from pipeline.report import RunReport, print_table
+from pipeline.report import print_table
+from pipeline.settings import load
 from pipeline.shards import NoRoomError
 from pipeline.tally import Tally
-
-PLAN = Plan("0123abcd", 0, {"kind": "folder", "root": "/clips"}, (PlanSegment(0, 40, 10),), ())
-A, B = ("clips", 0), ("clips", 1)
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
-
-
-class Clock:
-    """Stands for the module ``time`` in those that measure a run."""
-
-    strftime, gmtime = staticmethod(real_time.strftime), staticmethod(real_time.gmtime)
-
-    def __init__(self):
-        self.now_s = 1000.0
-
-    def monotonic(self):
-        return self.now_s
-
-    def time(self):
-        return 1.8e9 + self.now_s
+from tests.pipeline.run_reports import (
+    PLAN,
+    A,
+    B,
+    Clock,
+    events,
+    missing,
+    open_report,
+    progress,
+    summary_of,
+)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    clock = Clock()
-    for module in (report, event_log):
-        monkeypatch.setattr(module, "time", clock)
-    return clock
-
-
-def open_report(root, num_clips=40, num_shards=4, **options):
-    return RunReport(root, "run-1", PLAN, num_clips, num_shards, EncodeConfig(), **options)
-
-
-def progress(task, ok=0, cell="n/0", failed=(), **fields):
-    statuses = Counter({"ok": ok} if ok else {}) + Counter(clip.status for clip in failed)
-    return ShardUpdate("progress", cell, task, statuses, tuple(failed), **fields)
-
-
-def missing(key):
-    return FailedClip(key, "missing", f"no file {key}.mp4")
-
-
-def events(root, kind):
-    path = root / "runs" / "run-1" / "events.jsonl"
-    return [event for event in read_events(path) if event["event"] == kind]
-
-
-def summary_of(root):
-    return read_json(root / "runs" / "run-1" / "summary.json")
+    return Clock(monkeypatch)
 
 
 # -- counting
@@ -160,6 +122,19 @@ def test_time_left_comes_from_the_last_minutes(tmp_path, clock):
     assert last["clips_per_s"] == pytest.approx(10)
 
 
+def test_no_rate_counts_the_start_of_the_cells(tmp_path, clock):
+    with open_report(tmp_path) as run:
+        clock.now_s += 50
+        run.update(ShardUpdate("alive", "n/0"))
+        clock.now_s += 50
+        run.update(ShardUpdate("started", "n/0", A))
+        clock.now_s += 5
+        run.update(progress(A, ok=10))
+    samples = events(tmp_path, "sample")
+    assert [sample["clips_per_s"] for sample in samples] == [0.0, 0.0, 2.0]
+    assert samples[-1]["eta_s"] == 15.0
+
+
 def test_a_run_of_captions_only_has_a_time_left():
     run = Tally(0, 10, 0.0)
     before = run.point(0.0)
@@ -189,14 +164,12 @@ def test_events_hold_settings_failed_clips_commits_and_rates(tmp_path, clock):
     assert events(tmp_path, "note")[0]["message"] == "batch halved"
     assert events(tmp_path, "cell_lost")[0]["reason"] == "node gone"
     samples = events(tmp_path, "sample")
-    assert [sample["time"] - start["time"] for sample in samples] == [10.0, 20.0, 25.0]
+    assert [sample["time"] - start["time"] for sample in samples] == [1.0, 11.0, 21.0, 25.0]
     assert samples[-1]["statuses"] == {"ok": 9, "missing": 1}
     assert events(tmp_path, "end")[0]["outcome"] == "complete"
 
 
 def test_the_settings_written_can_be_loaded_again(tmp_path):
-    from pipeline.settings import load
-
     with open_report(tmp_path) as run:
         assert load(EncodeConfig, run.folder / "config.yaml", []) == EncodeConfig()
 
@@ -226,13 +199,6 @@ def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(
         pass
 
 
-def test_a_full_disk_is_named():
-    log = EventLog(Path("/dev/full"))
-    log.write("clip")
-    with pytest.raises(NoRoomError, match="no room to write /dev/full"):
-        log.flush()
-
-
 def test_many_failed_clips_take_no_memory(tmp_path):
     num_shards, rows = 100, 512
     tracemalloc.start()
@@ -248,15 +214,8 @@ def test_many_failed_clips_take_no_memory(tmp_path):
     assert len(events(tmp_path, "clip")) == num_shards * rows
 
 
-# -- on an object store
-
-
-@pytest.fixture
-def store(tmp_path):
-    return open_root(f"memory://{tmp_path.name}")
-
-
-def test_a_run_on_an_object_store_leaves_the_same_files(store):
+def test_a_run_on_an_object_store_leaves_the_same_files(tmp_path):
+    store = open_root(f"memory://{tmp_path.name}")
     with open_report(store) as run:
         run.update(progress(A, ok=9, failed=[missing("a9")]))
         run.update(ShardUpdate("committed", "n/0", A))
@@ -265,142 +224,9 @@ def test_a_run_on_an_object_store_leaves_the_same_files(store):
     names = {path.name for path in run.folder.iterdir()}
     assert names == {"config.yaml", "events.jsonl", "summary.json", "report.html"}
     assert [event["event"] for event in read_events(run.folder / "events.jsonl")] == [
-        *("run", "clip", "shard", "sample", "end")
+        *("run", "sample", "clip", "shard", "sample", "end")
     ]
     assert summary_of(store)["clips"] == 10
-
-
-def uploads_of(store, monkeypatch, fail=0):
-    """Let a log upload at every flush, and the first ``fail`` uploads fail; return the log."""
-    monkeypatch.setattr(event_log, "UPLOAD_INTERVAL_S", 0.0)
-    monkeypatch.setattr(event_log, "UPLOAD_SHARE", float("inf"))
-    path = store / "runs" / "run-1" / "events.jsonl"
-    log, upload = EventLog(path), type(path).upload
-    failures = iter(range(fail))
-
-    def sometimes(self, file):
-        if next(failures, None) is not None:
-            raise OSError(5, "the store is away, asked as //name:secret@host")
-        upload(self, file)
-
-    monkeypatch.setattr(type(path), "upload", sometimes)
-    return log, path
-
-
-def test_events_are_on_the_object_store_while_the_run_goes_on(store, monkeypatch):
-    log, path = uploads_of(store, monkeypatch)
-    for number in range(3):
-        log.write("clip", key=str(number))
-        log.flush()
-        log._uploaded.result(timeout=60)
-        assert [event["key"] for event in read_events(path)] == [str(n) for n in range(number + 1)]
-    log.close()
-
-
-def test_an_upload_that_fails_is_told_without_secrets_and_made_up_for(store, monkeypatch, caplog):
-    log, path = uploads_of(store, monkeypatch, fail=2)
-    for number in range(3):
-        log.write("clip", key=str(number))
-        log.flush()
-        log._uploaded.exception(timeout=60)
-    log.close()
-    assert len(list(read_events(path))) == 3
-    assert caplog.text.count("the store is away") == 2
-    assert "secret" not in caplog.text
-
-
-def test_events_that_cannot_be_uploaded_in_the_end_are_an_error(store, monkeypatch):
-    log, _ = uploads_of(store, monkeypatch, fail=9)
-    with pytest.raises(OSError, match="the store is away"):
-        log.close()
-
-
-def test_damaged_events_are_named(tmp_path):
-    path = tmp_path / "events.jsonl"
-    path.write_text('{"event": "run"}\n{"event": \n')
-    with pytest.raises(FormatError, match=r"events.jsonl line 2 is not JSON"):
-        list(read_events(path))
-
-
-# -- what is shown
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def run_for(clock, run, seconds):
-    for _ in range(seconds):
-        clock.now_s += 1
-        run.update(
-            progress(A, ok=2, failed=[missing("x")], media_s=30.0, bytes_in_flight=5 * 10**8)
-        )
-
-
-def test_a_log_file_gets_a_line_now_and_then_without_control_characters(
-    tmp_path, clock, monkeypatch
-):
-    log = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", log)
-    with open_report(tmp_path, num_clips=1000) as run:
-        run.set_cells(1, 3)
-        run_for(clock, run, 70)
-    *lines, last = log.getvalue().splitlines()
-    assert len(lines) == 3
-    assert not CONTROL.search(log.getvalue())
-    for text in (
-        "180/1,000 clips (18%), 0/4 shards, 3 clips/s, ETA 4:33; 30 h of clips per hour",
-        "decode 0% busy, encode 0% busy, 500 MB in flight, 1 cell",
-        "failed 60 (33.3%): missing 60",
-    ):
-        assert text in lines[-1]
-    assert last.startswith("complete: 0 clips in 0 shards in 1:10")
-
-
-def test_a_quick_run_gives_one_line(tmp_path, monkeypatch):
-    log = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", log)
-    with open_report(tmp_path) as run:
-        run.update(ShardUpdate("committed", "n/0", A, Counter(ok=10)))
-    (line,) = log.getvalue().splitlines()
-    assert line.startswith("complete: 10 clips in 1 shards")
-
-
-def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stderr", terminal)
-    with open_report(tmp_path, num_clips=10**9, num_shards=10**6) as run:
-        run.set_cells(64, 1024)
-        clock.now_s += 10
-        causes = Counter(dict.fromkeys(("missing", "unreadable", "no_video", "silent"), 10**6))
-        run.update(ShardUpdate("progress", "n/0", A, causes, bytes_in_flight=10**12))
-        run_for(clock, run, 3)
-        shown = terminal.getvalue()
-    assert "\n" in shown and "\x1b[A" in shown  # the cursor goes down, and up again
-    for line in re.split(r"[\r\n]|\x1b\[A", shown):
-        assert len(line) <= 80, line
-    assert "decode" in shown and "clips per hour" in shown and "failed 3,000," in shown
-    assert terminal.getvalue().rstrip().splitlines()[-1].lstrip("\r \x1b[A").startswith("complete:")
-
-
-def test_a_note_is_shown_once(monkeypatch):
-    stream = io.StringIO()
-    shown = Display(10, stream)
-    for _ in range(5):
-        shown.note("batch halved")
-    for number in range(100):
-        shown.note(f"note {number}")
-    assert stream.getvalue().count("batch halved") == 1
-    assert len(stream.getvalue().splitlines()) == display.NOTES_SHOWN
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "unknown"), (4.6, "0:05"), (3723, "1:02:03"), (86400 * 3 + 3600 * 4, "3 d 4 h")],
-)
-def test_durations_are_short(seconds, text):
-    assert duration_text(seconds) == text
 
 
 def test_the_closing_table_tells_failed_from_dropped(capsys):

@@ -15,7 +15,7 @@ from pipeline.data_root import open_root
 from pipeline.format import FormatError
 from pipeline.jobs import FailedClip, ShardUpdate
 from pipeline.run_page import escaped, write_page
-from tests.pipeline.test_report import A, open_report, progress
+from tests.pipeline.run_reports import A, open_report, progress
 
 VOID = {"meta", "br"}
 HOSTILE = "\"'><script>alert(1)</script><img src=//evil/x onerror=alert(2)>\x00\n\udcff\u202e&amp;"

@@ -1,0 +1,99 @@
+"""What a person sees of a run, in a terminal and in a log file."""
+
+import io
+import re
+import sys
+from collections import Counter
+
+import pytest
+
+from pipeline import display
+from pipeline.display import Display, duration_text
+from pipeline.jobs import ShardUpdate
+from tests.pipeline.run_reports import A, Clock, missing, open_report, progress
+
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def run_for(clock, run, seconds):
+    for _ in range(seconds):
+        clock.now_s += 1
+        run.update(
+            progress(A, ok=2, failed=[missing("x")], media_s=30.0, bytes_in_flight=5 * 10**8)
+        )
+
+
+def test_a_log_file_gets_a_line_now_and_then_without_control_characters(
+    tmp_path, clock, monkeypatch
+):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with open_report(tmp_path, num_clips=1000) as run:
+        run.set_cells(1, 3)
+        run.update(ShardUpdate("started", "n/0", A))
+        run_for(clock, run, 70)
+    *lines, last = log.getvalue().splitlines()
+    assert len(lines) == 3
+    assert not CONTROL.search(log.getvalue())
+    for text in (
+        "180/1,000 clips (18%), 0/4 shards, 3 clips/s, ETA 4:33; 30 h of clips per hour",
+        "decode 0% busy, encode 0% busy, 500 MB in flight, 1 cell",
+        "failed 60 (33.3%): missing 60",
+    ):
+        assert text in lines[-1]
+    assert last.startswith("complete: 0 clips in 0 shards in 1:10")
+
+
+def test_a_quick_run_gives_one_line(tmp_path, monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with open_report(tmp_path) as run:
+        run.update(ShardUpdate("committed", "n/0", A, Counter(ok=10)))
+    (line,) = log.getvalue().splitlines()
+    assert line.startswith("complete: 10 clips in 1 shards")
+
+
+def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with open_report(tmp_path, num_clips=10**9, num_shards=10**6) as run:
+        run.set_cells(64, 1024)
+        clock.now_s += 10
+        causes = Counter(dict.fromkeys(("missing", "unreadable", "no_video", "silent"), 10**6))
+        run.update(ShardUpdate("progress", "n/0", A, causes, bytes_in_flight=10**12))
+        run_for(clock, run, 3)
+        shown = terminal.getvalue()
+    assert "\n" in shown and "\x1b[A" in shown  # the cursor goes down, and up again
+    for line in re.split(r"[\r\n]|\x1b\[A", shown):
+        assert len(line) <= 80, line
+    assert "decode" in shown and "clips per hour" in shown and "failed 3,000," in shown
+    assert terminal.getvalue().rstrip().splitlines()[-1].lstrip("\r \x1b[A").startswith("complete:")
+
+
+def test_a_note_is_shown_once(monkeypatch):
+    stream = io.StringIO()
+    shown = Display(10, stream)
+    for _ in range(5):
+        shown.note("batch halved")
+    for number in range(100):
+        shown.note(f"note {number}")
+    assert stream.getvalue().count("batch halved") == 1
+    assert len(stream.getvalue().splitlines()) == display.NOTES_SHOWN
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(None, "unknown"), (4.6, "0:05"), (3723, "1:02:03"), (86400 * 3 + 3600 * 4, "3 d 4 h")],
+)
+def test_durations_are_short(seconds, text):
+    assert duration_text(seconds) == text
