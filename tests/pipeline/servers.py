@@ -63,6 +63,22 @@ def s3_server(folder):
             process.wait()
 
 
+@contextlib.contextmanager
+def s3_bucket(folder, name):
+    """Serve a bucket, found by the environment; yields fsspec's file system."""
+    fsspec = pytest.importorskip("fsspec")
+    s3fs = pytest.importorskip("s3fs")
+    with s3_server(folder) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "anyone")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
+        patch.setenv("AWS_ENDPOINT_URL", url)
+        s3fs.S3FileSystem.clear_instance_cache()  # they remember the server of another test
+        files = fsspec.filesystem("s3", use_listings_cache=False)
+        files.mkdir(name)
+        yield files
+        s3fs.S3FileSystem.clear_instance_cache()
+
+
 class RangeHandler(http.server.SimpleHTTPRequestHandler):
     """Files with ranges of bytes; the next ``failing`` GETs are answered with an error.
 

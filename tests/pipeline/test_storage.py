@@ -19,7 +19,7 @@ from pipeline.settings import ConfigError
 from pipeline.sources import open_source
 from pipeline.storage import MediaStore, open_folder
 from tests.pipeline.listed import read
-from tests.pipeline.servers import http_server, s3_server
+from tests.pipeline.servers import http_server, s3_bucket
 
 FILM = b"film" * 1000
 
@@ -398,14 +398,7 @@ def test_http_pages_that_link_deeper_without_end_are_refused(root, tmp_path):
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """A bucket of an own S3 server, as fsspec's file system."""
-    fsspec = pytest.importorskip("fsspec")
-    pytest.importorskip("s3fs")
-    with s3_server(tmp_path_factory.mktemp("s3")) as url, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ACCESS_KEY_ID", "anyone")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
-        patch.setenv("AWS_ENDPOINT_URL", url)
-        files = fsspec.filesystem("s3", use_listings_cache=False)
-        files.mkdir("clips")
+    with s3_bucket(tmp_path_factory.mktemp("s3"), "clips") as files:
         yield files
 
 

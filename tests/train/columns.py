@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.format import (
     OK,
@@ -20,6 +19,7 @@ from pipeline.format import (
     write_plan,
 )
 from pipeline.shards import ShardWriter, create_column
+from pipeline.tables import parquet_writer
 
 VIDEO_RATE_HZ = 4.0
 AUDIO_RATE_HZ = 25.0
@@ -123,7 +123,8 @@ class Dataset:
             "text_row": pa.array([self.text_row(clip) for clip in clips], pa.int64()),
         }
         table = pa.table(columns)
-        pq.write_table(table, self.root / "plan.parquet", row_group_size=self.shard_size)
+        with parquet_writer(self.root / "plan.parquet", table.schema) as writer:
+            writer.write_table(table, row_group_size=self.shard_size)
         write_plan(self.root, self.plan)
 
     def write_column(self, modality: str) -> Column:
