@@ -53,12 +53,13 @@ class SourceMedia:
     """Decodes clips of a source; a context manager, which ends the child process.
 
     Args:
-        root: folder or URL of the media.
+        root: folder or URL of the media; None where the plan does not say.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str | None) -> None:
         config = EncodeConfig()
-        self._store = MediaStore(root, config.cache_dir, int(config.cache_gb * 1e9))
+        cache_bytes = int(config.cache_gb * 1e9)
+        self._store = MediaStore(root, config.cache_dir, cache_bytes) if root else None
         self._decode_s, self._fetch_s = config.decode_timeout_s, config.fetch_timeout_s
         self._child = ChildProcess(_Prepare(self._store), self._decode_s)
 
@@ -70,6 +71,8 @@ class SourceMedia:
 
     def decode(self, clip: Clip, settings: DecodeSettings, modalities: set[str]) -> Decoded:
         """Decode one clip; whatever is wrong with it is in the result."""
+        if self._store is None:
+            return Decoded.failed("missing", "plan.json does not say where the media are")
         if self._store.is_missing(clip.uri):
             return Decoded.failed("missing", f"no file {clip.uri} in {self._store.root}")
         is_copied = self._store.is_copied(clip.uri)
@@ -84,13 +87,16 @@ class SourceMedia:
 class _Prepare:
     """Runs in the child: loads the decoders, returns the function to call."""
 
-    store: MediaStore
+    store: MediaStore | None
 
     def __call__(self) -> Callable[[Wanted], Decoded]:
         from pipeline.decode import decode_clip
 
+        store = self.store
+        assert store  # else nothing is called
+
         def decode(wanted: Wanted) -> Decoded:
-            with self.store.local(wanted.clip.uri) as path:
+            with store.local(wanted.clip.uri) as path:
                 return decode_clip(path, wanted.clip, wanted.settings, set(wanted.modalities))
 
         return decode

@@ -21,7 +21,7 @@ from pipeline.plan_table import PlanTable
 from pipeline.shards import ShardWriter, create_column
 from pipeline.sources import open_source
 from tests.pipeline import films
-from tests.pipeline.films import Film, Picture, Sound
+from tests.pipeline.films import Picture, Sound
 
 SETTINGS: dict[str, Any] = {
     "shard_size": 2,
@@ -35,8 +35,9 @@ def record_films(folder: Path, num: int) -> Path:
     """Record ``num`` films of 2.4 s of one label, and one without sound."""
     (folder / "thing").mkdir(parents=True)
     for number in range(num):
-        film = Film(picture=Picture(seconds=2.4, start_frames=40 * number))
-        films.record(folder / "thing" / f"film{number}.mp4", film.picture, Sound(seconds=2.4))
+        picture = Picture(seconds=2.4, start_frames=40 * number)
+        sound = Sound(seconds=2.4, start_s=number * 1.6)
+        films.record(folder / "thing" / f"film{number}.mp4", picture, sound)
     films.record(folder / "thing" / "mute.mp4", Picture(seconds=2.4), None)
     return folder
 
