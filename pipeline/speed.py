@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import format as fmt
+from pipeline.files import map_ahead
 from pipeline.records import CommitRecord, read_index, read_record
 
 # Clip lengths are taken from the indices of this many shards, spread evenly. The plan is
@@ -59,16 +60,19 @@ def mean_clip_s(column: fmt.Column, shards: list[int], problems: list[str]) -> f
     if not shards or column.spec.rate_hz <= 0:
         return None
     places = np.linspace(0, len(shards) - 1, min(len(shards), SAMPLED_SHARDS)).astype(int)
-    latents, clips = 0, 0
-    for shard in (shards[place] for place in places):
+
+    def read(shard: int) -> np.ndarray | fmt.FormatError | None:
         try:
             record = read_record(column, shard)
-            if record is None:
-                continue
-            index = read_index(column, shard, record)
+            return None if record is None else read_index(column, shard, record)
         except fmt.FormatError as error:
-            problems.append(str(error))
-            continue
-        lengths = index["shape"][index["status"] == fmt.OK, 0]
-        latents, clips = latents + int(lengths.sum()), clips + len(lengths)
+            return error
+
+    latents, clips = 0, 0
+    for index in map_ahead(column.path, read, [shards[place] for place in places]):
+        if isinstance(index, fmt.FormatError):
+            problems.append(str(index))
+        elif index is not None:
+            lengths = index["shape"][index["status"] == fmt.OK, 0]
+            latents, clips = latents + int(lengths.sum()), clips + len(lengths)
     return latents / column.spec.rate_hz / clips if clips else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
@@ -230,6 +232,94 @@ def test_racing_writers_commit_once(dataset: Dataset, column: Column) -> None:
     record = column.commit(0)
     assert record is not None and won == [record["attempt"]]
     assert names(column) == {"column.json", "000000.tar", "000000.idx.npy", "000000.json"}
+
+
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders can't be locked, as on NFS."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_without_locks_files_have_the_name_of_their_attempt(
+    dataset: Dataset, column: Column, no_locks: None
+) -> None:
+    assert dataset.write_shard(column, 0, "one")
+    assert not dataset.write_shard(column, 0, "two")
+    written = {"column.json", "000000.json", "000000.one.tar", "000000.one.idx.npy"}
+    assert names(column) == written
+    np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7))
+
+
+def test_racing_writers_without_locks_commit_once(
+    dataset: Dataset, column: Column, no_locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    barrier, won, link = threading.Barrier(4), [], Path.hardlink_to
+
+    def link_together(path: Path, target: Path) -> None:
+        barrier.wait()
+        link(path, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", link_together)
+
+    def write(attempt: str) -> None:
+        if dataset.write_shard(column, 0, attempt):
+            won.append(attempt)
+
+    threads = [threading.Thread(target=write, args=(f"a{number}",)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    record = column.committed(0)
+    assert won == [record["attempt"]]
+    assert names(column) == {"column.json", "000000.json", record["tar"], record["index"]}
+    np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7))
+
+
+def test_link_that_nfs_made_though_it_says_it_was_there_wins(
+    dataset: Dataset, column: Column, no_locks: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = Path.hardlink_to
+
+    def link_twice(path: Path, target: Path) -> None:
+        link(path, target)
+        link(path, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", link_twice)
+    assert dataset.write_shard(column, 0, "one")
+
+
+@pytest.mark.parametrize("locks", ["with locks", "without"])
+def test_shard_replaces_the_one_that_is_committed(
+    dataset: Dataset, column: Column, locks: str, request: pytest.FixtureRequest
+) -> None:
+    if locks == "without":
+        request.getfixturevalue("no_locks")
+    dataset.write_shard(column, 0, "one")
+    with ShardWriter(column, 0, "two") as writer:
+        for key, array, status in dataset.rows("video", 0):
+            writer.add(key, None if array is None else array + np.float16(1), status)
+        assert writer.commit(replacing=True)
+    assert column.committed(0)["attempt"] == "two"
+    np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7) + np.float16(1))
+
+
+def test_rows_are_added_and_committed_in_different_threads(
+    dataset: Dataset, column: Column
+) -> None:
+    with ShardWriter(column, 0, "one") as writer:
+        for row in dataset.rows("video", 0):
+            writer.add(*row)
+        results: list[bool] = []
+        thread = threading.Thread(target=lambda: results.append(writer.commit()))
+        thread.start()
+        thread.join()
+    assert results == [True]
+    np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7))
 
 
 def crash_while_committing(dataset: Dataset, column: Column, step: int) -> bool:
