@@ -58,8 +58,7 @@ class EventLog:
         Raises:
             NoRoomError: the disk is full.
         """
-        with naming_a_full_disk(Path(self._file.name)):
-            self._file.flush()
+        self._flush_file()
         if not self._is_local:
             self._upload_if_due()
 
@@ -71,13 +70,17 @@ class EventLog:
             OSError: the object store does not take it.
         """
         try:
-            self.flush()
+            self._flush_file()
             if not self._is_local:
                 self._uploader.shutdown()
                 with Path(self._file.name).open("rb") as file:
                     self._remote.upload(file)
         finally:
             self._file.close()
+
+    def _flush_file(self) -> None:
+        with naming_a_full_disk(Path(self._file.name)):
+            self._file.flush()
 
     def _upload_if_due(self) -> None:
         if time.monotonic() < self._next_upload_s or not self._uploaded.done():

@@ -1,5 +1,6 @@
 """The log of a run: whole lines, on a full disk and on an object store that comes and goes."""
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,25 @@ def test_events_are_on_the_object_store_while_the_run_goes_on(store, monkeypatch
         log._uploaded.result(timeout=60)
         assert [event["key"] for event in read_events(path)] == [str(n) for n in range(number + 1)]
     log.close()
+
+
+def test_one_upload_at_a_time_and_nobody_waits_for_it(store, monkeypatch):
+    log, path = uploads_of(store, monkeypatch)
+    upload, begun, may_end = type(path).upload, [], threading.Event()
+
+    def slow(self, file):
+        begun.append(self)
+        assert may_end.wait(60)
+        upload(self, file)
+
+    monkeypatch.setattr(type(path), "upload", slow)
+    for number in range(5):
+        log.write("clip", key=str(number))
+        log.flush()
+    may_end.set()
+    log.close()
+    assert len(begun) == 2  # the first one and the last one
+    assert len(list(read_events(path))) == 5
 
 
 def test_an_upload_that_fails_is_told_without_secrets_and_made_up_for(store, monkeypatch, caplog):

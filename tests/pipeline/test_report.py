@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from pipeline import report, tally
+from pipeline import report
 from pipeline.config import EncodeConfig
 from pipeline.data_root import open_root
 from pipeline.event_log import read_events
@@ -17,7 +17,6 @@ from pipeline.records import Totals
 from pipeline.report import print_table
 from pipeline.settings import load
 from pipeline.shards import NoRoomError
-from pipeline.tally import Tally
 from tests.pipeline.run_reports import (
     PLAN,
     A,
@@ -101,16 +100,6 @@ def test_shares_are_of_the_time_that_cells_had_from_first_shard_to_last_commit(t
     assert summary["media_h_per_h"] == 1.0
 
 
-def test_bytes_in_flight_are_those_of_all_cells_now():
-    run = Tally(40, 4, 0.0)
-    for cell, task, count in (("n/0", A, 5), ("n/1", B, 7), ("n/0", ("clips", 2), 6)):
-        run.update(ShardUpdate("progress", cell, task, bytes_in_flight=count), 1.0)
-    assert run.bytes_in_flight == 13
-    run.set_cells(1, 1, 2.0)  # whichever was lost, the other one says soon what it holds
-    run.update(ShardUpdate("alive", "n/1", bytes_in_flight=8), 3.0)
-    assert run.bytes_in_flight == 8
-
-
 def test_time_left_comes_from_the_last_minutes(tmp_path, clock):
     with open_report(tmp_path, num_clips=100_000) as run:
         for clips_per_s, seconds in ((100, 300), (10, 400)):
@@ -135,12 +124,15 @@ def test_no_rate_counts_the_start_of_the_cells(tmp_path, clock):
     assert samples[-1]["eta_s"] == 15.0
 
 
-def test_a_run_of_captions_only_has_a_time_left():
-    run = Tally(0, 10, 0.0)
-    before = run.point(0.0)
-    run.update(ShardUpdate("committed", "n/0", ("text", 0)), 5.0)
-    assert run.eta_s(tally.rates_between(before, run.point(5.0))) == 45.0
-    assert run.eta_s(tally.rates_between(before, before)) is None
+def test_a_blink_at_the_end_is_no_interval_of_its_own(tmp_path, clock):
+    with open_report(tmp_path) as run:
+        run.update(ShardUpdate("started", "n/0", A))
+        clock.now_s += 10
+        run.update(progress(A, ok=10))
+        clock.now_s += 0.01
+        run.update(progress(A, ok=10))
+    *_, last = events(tmp_path, "sample")
+    assert last["clips_per_s"] == pytest.approx(20 / 10.01, abs=1e-4)
 
 
 # -- what is written
