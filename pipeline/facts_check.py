@@ -26,6 +26,7 @@ FACTS_FILE = re.compile(r"(\d{6,})\.parquet")
 COLUMNS = ("key", "row", "status", "video_status", "audio_status")
 # Never measured again: duplicates are settled after, see ``pipeline.duplicates``.
 DECIDED = DECISIONS - {"duplicate"}
+MEND = "remove the shard's commit records and run pipeline.encode again"
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,21 @@ class Judged:
     """The statuses of a committed shard of a column, and which facts it was judged by.
 
     Attributes:
-        modality: of the column.
+        column: the column.
+        shard: the shard.
         folder: name of the folder of facts, "" where the record does not tell.
         status: codes of ``format.STATUSES``, [rows].
-        file: the index.
     """
 
-    modality: str
+    column: fmt.Column
+    shard: int
     folder: str
     status: np.ndarray
-    file: str
+
+    @property
+    def name(self) -> str:
+        """What people are told it is."""
+        return f"{self.column.path.name} shard {self.shard}"
 
 
 class FactsCheck:
@@ -59,18 +65,25 @@ class FactsCheck:
         self._shards = {name: shards_with_facts(root / name) for name in names}
         self._num_findings = dict.fromkeys(names, 0)
 
-    def shard(self, shard: int, keys: Sequence[str], columns: Sequence[Judged]) -> None:
-        """Check a shard's facts in all folders.
+    def look(
+        self, shard: int, keys: Sequence[str], columns: Sequence[Judged]
+    ) -> list[tuple[str, Finding]]:
+        """Check a shard's facts in all folders, in any thread.
 
         Args:
             shard: its number.
             keys: the planned keys of its rows.
             columns: those that have committed it.
+
+        Returns:
+            Findings with the folders that they are about, for ``take``.
         """
+        found = []
         for judged in columns:
             if judged.folder and shard not in self._shards.get(judged.folder, ()):
                 path = facts_path(self._root / judged.folder, shard)
-                self._find(judged.folder, f"{path} is missing, by which {judged.file} was judged")
+                text = f"{path} is missing, by which {judged.name} was judged; {MEND}"
+                found.append((judged.folder, Finding(text)))
         for folder, shards in self._shards.items():
             if shard not in shards:
                 continue
@@ -78,19 +91,27 @@ class FactsCheck:
             try:
                 rows = read_checked(path, keys)
             except fmt.FormatError as error:
-                self._find(folder, f"{error}; remove it")
+                found.append((folder, Finding(f"{error}; remove it; {MEND}")))
                 continue
             for judged in columns:
-                if judged.folder == folder:
-                    self._compare(path, rows[f"{judged.modality}_status"], keys, judged)
+                stated = rows[f"{judged.column.spec.modality}_status"]
+                if judged.folder == folder and (finding := difference(path, stated, keys, judged)):
+                    found.append((folder, finding))
+        return found
+
+    def take(self, found: Sequence[tuple[str, Finding]]) -> None:
+        """Count and report findings."""
+        for folder, finding in found:
+            self._num_findings[folder] = self._num_findings.get(folder, 0) + 1
+            self._report(finding)
 
     def beyond_the_plan(self, num_shards: int) -> None:
         """Report facts of shards that the plan does not have."""
         for folder, shards in self._shards.items():
             for shard in sorted(shard for shard in shards if shard >= num_shards):
                 path = facts_path(self._root / folder, shard)
-                self._report(Finding(f"{path}: shard {shard} of a plan of {num_shards}; remove it"))
-                self._num_findings[folder] += 1
+                text = f"{path}: shard {shard} of a plan of {num_shards} shards; remove it"
+                self.take([(folder, Finding(text))])
 
     def summary(self) -> list[dict[str, Any]]:
         """Return for each folder its name, shards and findings."""
@@ -99,31 +120,26 @@ class FactsCheck:
             for name, count in sorted(self._num_findings.items())
         ]
 
-    def _compare(
-        self, path: Path, stated: Sequence[str], keys: Sequence[str], judged: Judged
-    ) -> None:
-        found = [fmt.STATUSES[code] for code in judged.status.tolist()]
-        wrong = [
-            row
-            for row, (status, fact) in enumerate(zip(found, stated, strict=True))
-            if status in DECIDED | {"ok"} and fact != status
-        ]
-        if wrong:
-            row = wrong[0]
-            text = (
-                f"{path} row {row} ({keys[row]}): {judged.modality} is {stated[row]}, expected "
-                f"{found[row]} as in {judged.file} ({len(wrong)} such rows in this shard): the "
-                "media were others when they were last looked at; put them back"
-            )
-            self._find(judged.folder, text, str(path), row, keys[row])
 
-    def _find(
-        self, folder: str, text: str, file: str = "", row: int | None = None, key: str | None = None
-    ) -> None:
-        """Report a finding; the facts are measured again where shards are encoded again."""
-        self._num_findings[folder] = self._num_findings.get(folder, 0) + 1
-        mend = "remove the shard's commit records and run pipeline.encode again"
-        self._report(Finding(f"{text}; {mend}", file, row, key))
+def difference(
+    path: Path, stated: Sequence[str], keys: Sequence[str], judged: Judged
+) -> Finding | None:
+    """Return how the facts of a shard contradict a column that was judged by them."""
+    found = [fmt.STATUSES[code] for code in judged.status.tolist()]
+    wrong = [
+        row
+        for row, (status, fact) in enumerate(zip(found, stated, strict=True))
+        if status in DECIDED | {"ok"} and fact != status
+    ]
+    if not wrong:
+        return None
+    row = wrong[0]
+    text = (
+        f"{path} row {row} ({keys[row]}): {judged.column.spec.modality} is {stated[row]}, expected "
+        f"{found[row]} as in {judged.name} ({len(wrong)} such rows): the media were others when "
+        f"they were last looked at; put them back, {MEND}"
+    )
+    return Finding(text, str(path), row, keys[row])
 
 
 def shards_with_facts(folder: Path) -> set[int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from pipeline import format as fmt
 from pipeline.batching import encode_filled
@@ -26,6 +25,7 @@ from pipeline.media import Decoded
 from pipeline.pick import pick_rows
 from pipeline.plan_table import PlanTable
 from pipeline.source_media import SourceMedia, decode_settings_of
+from pipeline.sweep import progress_bar
 
 # Statuses of a clip that say nothing about what was stored of it.
 UNAVAILABLE = frozenset(("missing", "unreadable", "decode_timeout", "decode_crash"))
@@ -54,14 +54,8 @@ class Tally:
         return {**vars(self), "not_checked": dict(self.not_checked)}
 
 
-def reencode(
-    root: Path,
-    plan: fmt.Plan,
-    columns: list[fmt.Column],
-    num: int,
-    seed: int,
-    report: Report,
-    bar: tqdm,
+def reencode_columns(
+    root: Path, plan: fmt.Plan, columns: list[fmt.Column], num: int, seed: int, report: Report
 ) -> list[dict[str, Any]]:
     """Encode ``num`` random committed rows of every column again and compare them.
 
@@ -72,7 +66,6 @@ def reencode(
         num: rows of each.
         seed: of the choice.
         report: called with every difference.
-        bar: moves a step a row.
 
     Returns:
         For each column its `Tally`.
@@ -81,9 +74,10 @@ def reencode(
         FormatError: the plan's table is damaged, or a codec is not known to this version.
     """
     table, told = PlanTable(root, plan), []
-    with SourceMedia(plan.source.get("root")) as media:
+    source = SourceMedia(plan.source.get("root"))
+    with source as media, progress_bar(num * len(columns), "clip") as bar:
         for column in columns:
-            check = ColumnCheck(root, column, table, media, report)
+            check = EncodedAgain(root, column, table, media, report)
             planned = len(plan.shard_rows(text=column.spec.modality == "text"))
             shards = {shard for shard in column.committed_shards() if shard < planned}
             for shard, row in pick_rows(shards, check.ok_rows, num, seed):
@@ -93,7 +87,7 @@ def reencode(
     return told
 
 
-class ColumnCheck:
+class EncodedAgain:
     """Encodes rows of one column again."""
 
     def __init__(

@@ -1,48 +1,32 @@
-"""``python -m pipeline.verify DIR [--full]``: is the data set what its plan and records say?
+"""``python -m pipeline.verify DIR [--full] [--reencode N]``: is a data set what it says it is?
 
 Quick by default: every commit record against the plan, every index and the size of every tar
-against the record. ``--full`` also reads every tar once, front to back: each byte of it follows
-from the plan's keys, the index and the payloads' checksums. Holds one shard's index and one
-payload at a time.
+against the record, all facts against plan and columns. ``--full`` also reads every tar once, front
+to back: each byte of it follows from the plan's keys, the index and the payloads' checksums.
+``--reencode`` encodes random clips again, as only that can tell whether a column still comes from
+its source. Holds one shard's index and one payload at a time, of an object store some more.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from pipeline import format as fmt
-from pipeline.captions import caption_hashes, read_rows
+from pipeline.column_check import ColumnCheck, Looked, check_clip_captions, check_text
 from pipeline.data_root import open_root
+from pipeline.facts_check import FactsCheck, Judged
+from pipeline.files import map_ahead
+from pipeline.findings import Finding, Report
 from pipeline.plan_table import PlanTable
-from pipeline.records import Totals, read_index, read_record, record_path, record_problems, repair
 from pipeline.sweep import command_parser, one_line_errors, progress_bar
-from pipeline.tar_check import check_tar
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not as it should be.
-
-    Attributes:
-        message: one line naming file, row and key, what was found and expected, how to mend it.
-        file: the file to blame, where the message is about one row of it.
-        row: the row in its shard.
-        key: the row's key.
-    """
-
-    message: str
-    file: str = ""
-    row: int | None = None
-    key: str | None = None
 
 
 def main() -> None:
@@ -52,7 +36,17 @@ def main() -> None:
     )
     parser.add_argument("--full", action="store_true", help="read every byte of every tar")
     parser.add_argument("--columns", help="modalities or column folders, comma-separated")
+    parser.add_argument(
+        "--reencode",
+        type=int,
+        metavar="N",
+        default=0,
+        help="decode and encode N random clips of every column again, and compare",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --reencode's choice (default 0)")
     arguments = parser.parse_args()
+    if arguments.reencode < 0 or arguments.seed < 0:
+        parser.error("--reencode and --seed must be 0 or more")
     findings: list[Finding] = []
 
     def report(finding: Finding) -> None:
@@ -61,26 +55,25 @@ def main() -> None:
             tqdm.write(finding.message, file=sys.stdout)
 
     with one_line_errors("nothing was changed"):
-        wanted = arguments.columns.split(",") if arguments.columns else None
         root = open_root(arguments.dir)
-        columns = verify(root, report, wanted, arguments.full)
+        wanted = arguments.columns.split(",") if arguments.columns else None
+        found: dict[str, Any] = verify(root, report, wanted, arguments.full)
+        if arguments.reencode:
+            found["reencoded"] = reencode(root, report, wanted, arguments)
         if arguments.json:
-            value = {"dir": str(root), "full": arguments.full, "columns": columns}
+            value = {"dir": str(root), "full": arguments.full, **found}
             listed = [asdict(finding) for finding in findings]
             print(json.dumps({**value, "findings": listed}, indent=2))
         else:
-            print_summary(columns)
+            print_summary(**found)
         if findings:
             sys.exit(f"error: {len(findings)} finding{'s' * (len(findings) > 1)} in {root}")
 
 
 def verify(
-    root: Path,
-    report: Callable[[Finding], None],
-    wanted: Sequence[str] | None = None,
-    full: bool = False,
-) -> list[dict[str, Any]]:
-    """Verify the columns of a data set.
+    root: Path, report: Report, wanted: Sequence[str] | None = None, full: bool = False
+) -> dict[str, list[dict[str, Any]]]:
+    """Verify the columns of a data set, and the facts if columns of clips are among them.
 
     Args:
         root: the data set's folder.
@@ -89,7 +82,8 @@ def verify(
         full: whether the tars are read.
 
     Returns:
-        For each column its name, shards, shards_planned, rows, ok, bytes and findings.
+        ``columns``: for each its name, shards, shards_planned, rows, ok, bytes and findings;
+        ``facts``: for each folder its name, shards and findings.
 
     Raises:
         FormatError: there is no readable plan, or no column that ``wanted`` names.
@@ -105,22 +99,71 @@ def verify(
             report(Finding(str(error)))
     texts = [check for check in checks if check.column.spec.modality == "text"]
     clips = [check for check in checks if check.column.spec.modality != "text"]
+    facts = FactsCheck(root, report) if clips else None
     with progress_bar(sum(check.num_committed for check in checks), "shard") as bar:
         captions = [check_text(check, bar) for check in texts]
-        for shard in range(len(plan.shard_rows())):
-            try:
-                rows = table.read(shard, ["caption"] if captions else [])
-            except fmt.FormatError as error:
-                report(Finding(str(error)))
-                rows = None
+        shards = planned_shards(table, len(plan.shard_rows()), bool(captions), report)
+        for planned in map_ahead(root, lambda planned: look_at(planned, clips, facts), shards):
             for hashes in captions:
-                if rows is not None and hashes is not None:
-                    check_clip_captions(table.path, shard, rows, hashes, report)
-            for check in clips:
-                bar.update(check.shard(shard, rows and rows["key"]))
+                if planned.rows is not None and hashes is not None:
+                    check_clip_captions(table.path, planned.shard, planned.rows, hashes, report)
+            for check, looked in zip(clips, planned.looked, strict=True):
+                bar.update(check.take(looked))
+            if facts:
+                facts.take(planned.facts)
         for check in checks:
             bar.update(check.beyond_the_plan())
-    return [check.summary() for check in checks]
+        if facts:
+            facts.beyond_the_plan(len(plan.shard_rows()))
+    return {
+        "columns": [check.summary() for check in checks],
+        "facts": facts.summary() if facts else [],
+    }
+
+
+class PlannedShard(NamedTuple):
+    """A shard of clips and what was found in it.
+
+    Attributes:
+        shard: its number.
+        rows: what the plan says of it, or None where that can't be read.
+        looked: by column.
+        facts: findings in its facts, with their folders.
+    """
+
+    shard: int
+    rows: dict[str, list[Any]] | None
+    looked: Sequence[Looked | None] = ()
+    facts: Sequence[tuple[str, Finding]] = ()
+
+
+def planned_shards(
+    table: PlanTable, num_shards: int, with_captions: bool, report: Report
+) -> Iterator[PlannedShard]:
+    """Yield the plan's shards of clips, still to be looked at."""
+    for shard in range(num_shards):
+        try:
+            yield PlannedShard(shard, table.read(shard, ["caption"] if with_captions else []))
+        except fmt.FormatError as error:
+            report(Finding(str(error)))
+            yield PlannedShard(shard, None)
+
+
+def look_at(
+    planned: PlannedShard, checks: Sequence[ColumnCheck], facts: FactsCheck | None
+) -> PlannedShard:
+    """Look at a shard in all columns and at its facts; in any thread."""
+    keys = planned.rows["key"] if planned.rows else None
+    looked = [check.look(planned.shard, keys) for check in checks]
+    if facts is None or keys is None:
+        return planned._replace(looked=looked)
+    judged = [
+        Judged(check.column, planned.shard, one.record.facts, one.statuses)
+        for check, one in zip(checks, looked, strict=True)
+        if one is not None and one.record is not None and one.statuses is not None
+    ]
+    found = facts.look(planned.shard, keys, judged)
+    return planned._replace(looked=looked, facts=found)
 
 
 def choose_columns(root: Path, wanted: Sequence[str] | None) -> list[str]:
@@ -141,138 +184,29 @@ def choose_columns(root: Path, wanted: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(chosen))
 
 
-class ColumnCheck:
-    """Checks the shards of one column, one by one, and counts what they hold.
+def reencode(
+    root: Path, report: Report, wanted: Sequence[str] | None, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Encode random clips again, of the columns that can be opened: the others were reported."""
+    from pipeline.reencode import reencode_columns  # loads the codecs
 
-    Args:
-        column: the column.
-        plan: the plan.
-        full: whether tars are read.
-        report: called with every finding.
-    """
-
-    def __init__(
-        self, column: fmt.Column, plan: fmt.Plan, full: bool, report: Callable[[Finding], None]
-    ) -> None:
-        self.column = column
-        self.rows_per_shard = plan.shard_rows(text=column.spec.modality == "text")
-        self._full, self._report = full, report
-        self._committed = column.committed_shards()
-        self._totals, self._num_findings = Totals(), 0
-
-    @property
-    def num_committed(self) -> int:
-        """Shards that had a commit record when the check began."""
-        return len(self._committed)
-
-    def report(self, finding: Finding) -> None:
-        """Report a finding as one of this column."""
-        self._num_findings += 1
-        self._report(finding)
-
-    def shard(self, shard: int, keys: Sequence[str] | None) -> int:
-        """Check one shard if it is committed; return 1 if it was, else 0.
-
-        Args:
-            shard: its number.
-            keys: the planned keys, or None where they can't be known.
-        """
-        if shard not in self._committed:
-            return 0
+    plan, columns = fmt.read_plan(root), []
+    for name in choose_columns(root, wanted):
         try:
-            for finding in self._findings(shard, keys):
-                self.report(finding)
-        except fmt.FormatError as error:
-            self.report(Finding(str(error)))
-        except OSError as error:
-            path = error.filename or record_path(self.column, shard)
-            self.report(Finding(f"{path} can't be read ({error.strerror or error})"))
-        return 1
-
-    def beyond_the_plan(self) -> int:
-        """Check the shards that the plan does not know; return how many there are."""
-        shards = [shard for shard in self._committed if shard >= len(self.rows_per_shard)]
-        return sum(self.shard(shard, None) for shard in sorted(shards))
-
-    def _findings(self, shard: int, keys: Sequence[str] | None) -> Iterator[Finding]:
-        record = read_record(self.column, shard)
-        if record is None:
-            return
-        self._totals.add(record)
-        problems = list(record_problems(self.column, shard, record, self.rows_per_shard, keys))
-        yield from (Finding(problem) for problem in problems)
-        tar = self.column.path / record.tar
-        try:
-            found = tar.stat().st_size
-        except FileNotFoundError:
-            found = None
-        if found != record.tar_bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
-            yield Finding(
-                f"{tar} {state}, expected {record.tar_bytes} bytes; {repair(self.column, shard)}"
-            )
-        index = read_index(self.column, shard, record)
-        if self._full and keys is not None and not problems and found is not None:
-            for row, text in check_tar(self.column, record, index, keys):
-                key = None if row is None else keys[row]
-                place = "" if row is None else f" row {row} ({key})"
-                message = f"{tar}{place}: {text}; {repair(self.column, shard)}"
-                yield Finding(message, str(tar), row, key)
-
-    def summary(self) -> dict[str, Any]:
-        """Return what was counted."""
-        totals = vars(self._totals)
-        return {
-            "column": self.column.path.name,
-            **{name: totals[name] for name in ("shards", "rows", "ok", "bytes")},
-            "shards_planned": len(self.rows_per_shard),
-            "findings": self._num_findings,
-        }
+            columns.append(fmt.open_column(root, name, plan.plan_id))
+        except fmt.FormatError:
+            continue  # as verify has said
+    return reencode_columns(root, plan, columns, arguments.reencode, arguments.seed, report)
 
 
-def check_text(check: ColumnCheck, bar: tqdm) -> np.ndarray | None:
-    """Check the shards of a text column, whose keys are in its captions.parquet.
-
-    Returns:
-        int64 [captions], a hash of each caption to compare the plan with, or None where
-        captions.parquet can't be used.
-    """
-    path = check.column.path / "captions.parquet"
-    try:
-        hashes = caption_hashes(path, int(check.rows_per_shard.sum()))
-        keys = (key for (key,) in read_rows(path, ["key"]))
-    except fmt.FormatError as error:
-        check.report(Finding(str(error)))
-        hashes = keys = None
-    for shard, num_rows in enumerate(check.rows_per_shard.tolist()):
-        bar.update(check.shard(shard, list(islice(keys, num_rows)) if keys else None))
-    return hashes
-
-
-def check_clip_captions(
-    path: Path,
-    shard: int,
-    rows: dict[str, list[Any]],
-    hashes: np.ndarray,
-    report: Callable[[Finding], None],
+def print_summary(
+    columns: list[dict[str, Any]],
+    facts: list[dict[str, Any]],
+    reencoded: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """Compare the captions of a plan's shard with those its text rows lead to."""
-    found = np.array([hash(caption) for caption in rows["caption"]], np.int64)
-    wrong = np.flatnonzero(found != hashes[rows["text_row"]])
-    if len(wrong):
-        row = int(wrong[0])
-        text_row, key = rows["text_row"][row], rows["key"][row]
-        message = (
-            f"{path} shard {shard} row {row} ({key}): caption {rows['caption'][row]!r:.60} is not "
-            f"row {text_row} of captions.parquet, as planned ({len(wrong)} such rows in this "
-            "shard); restore plan.parquet, or remove captions.parquet and encode again"
-        )
-        report(Finding(message, str(path), row, key))
-
-
-def print_summary(columns: list[dict[str, Any]]) -> None:
-    """Print the closing table: one line a column."""
-    width = max([len("column"), *(len(column["column"]) for column in columns)])
+    """Print the closing tables: one line a column, a folder of facts, a column encoded again."""
+    names = [*(one["column"] for one in columns), *(one["facts"] for one in facts)]
+    width = max(map(len, ["column", *names]))
     print(f"{'column':<{width}}  {'shards':>13}  {'ok':>9}  {'failed':>8}  {'MB':>11}  findings")
     for column in columns:
         shards = f"{column['shards']}/{column['shards_planned']}"
@@ -281,6 +215,14 @@ def print_summary(columns: list[dict[str, Any]]) -> None:
             f"{column['column']:<{width}}  {shards:>13}  {column['ok']:>9}  {failed:>8}  "
             f"{column['bytes'] / 1e6:>11,.1f}  {column['findings']:>8}"
         )
+    for one in facts:
+        print(f"{one['facts']:<{width}}  {one['shards']:>13}  {'':>32}  {one['findings']:>8}")
+    for one in reencoded:
+        causes = [f"{count} not ({why})" for why, count in one["not_checked"].items()]
+        found = f"{one['checked']} clips encoded again, {one['equal']} gave the same bytes"
+        if one["equal"] < one["checked"]:
+            found += f", others differ by at most {one['largest_difference']:.3g}"
+        print(f"{one['column']:<{width}}  {', '.join([found, *causes])}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,8 @@ class Encoded:
 
     @cached_property
     def plan(self) -> fmt.Plan:
+        if (self.root / "plan.json").exists():  # also of media that have changed since
+            return fmt.read_plan(self.root)
         return ensure_plan(self.root, open_source(str(self.src), self.config), self.config)
 
     @cached_property

@@ -95,9 +95,8 @@ def rewrite_tar(dataset, shard, data):
 @pytest.mark.parametrize("full", [False, True])
 def test_sound_data_set_has_no_finding_and_is_summed(dataset, full):
     found = []
-    columns = {
-        column["column"]: column for column in verify(dataset.root, found.append, None, full)
-    }
+    summary = verify(dataset.root, found.append, None, full)
+    columns = {column["column"]: column for column in summary["columns"]}
     assert not found and len(columns) == 3
     video = columns[dataset.spec("video").directory]
     assert (video["shards"], video["shards_planned"], video["rows"], video["ok"]) == (5, 5, 40, 38)
@@ -121,7 +120,7 @@ def test_uncommitted_shards_and_leftovers_are_neither_counted_nor_findings(datas
     (folder / "000001.tar").write_bytes(b"half a tar")
     (folder / ".000003.dead.tmp").write_bytes(b"x")
     found = []
-    (video,) = verify(dataset.root, found.append, ["video"], full)
+    (video,) = verify(dataset.root, found.append, ["video"], full)["columns"]
     assert not found and (video["shards"], video["rows"], video["ok"]) == (4, 32, 31)
 
 
