@@ -78,3 +78,9 @@ def test_accumulation_must_be_whole():
     assert config.accumulation(num_ranks=2) == 4
     with pytest.raises(ConfigError, match=r"24 .* 3 × 5 ranks"):
         config.accumulation(num_ranks=5)
+
+
+def test_data_set_on_an_object_store_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"data.root is s3://…, expected a local fol") as error:
+        load_train_config(None, ["data.root=s3://key:secret@bucket/shards"])
+    assert "secret" not in str(error.value) and "\n" not in str(error.value)

@@ -67,6 +67,13 @@ class DataConfig:
     read_threads: int = Field(default=2, ge=1)
     prefetch_steps: int = Field(default=3, ge=1)
 
+    def __post_init__(self) -> None:
+        if "://" in self.root:
+            raise ConfigError(
+                f"data.root is {self.root.partition('://')[0]}://…, expected a local folder: "
+                "training reads columns from local disks only; copy the data set to one"
+            )
+
 
 @dataclass(frozen=True)
 class View:
