@@ -7,7 +7,6 @@ those that are named on the command line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -22,7 +21,7 @@ from pipeline.files import is_local, map_ahead
 from pipeline.orphans import ColumnFiles, Found, all_files, entries, temporaries
 from pipeline.records import CommitRecord, read_record
 from pipeline.removal import Holding, Orphan, is_part_of_column, is_part_of_facts, remove
-from pipeline.sweep import one_line_errors
+from pipeline.sweep import command_parser, one_line_errors
 
 MIN_AGE_HOURS = 24.0
 SHOWN = 10
@@ -30,12 +29,11 @@ SHOWN = 10
 
 def main() -> None:
     """Parse the command line, list and remove; exit 1 where something is damaged."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.gc",
-        description="List what a data set can do without: files that no commit record names, and "
-        "the columns and facts that you name. --yes removes them.",
+    parser = command_parser(
+        "gc",
+        "List what a data set can do without: files that no commit record names, and the columns "
+        "and facts that you name. --yes removes them.",
     )
-    parser.add_argument("dir", metavar="DIR", help="data set, a folder or a URL")
     parser.add_argument("--yes", action="store_true", help="remove what is listed as removable")
     parser.add_argument(
         "--columns", help="folders of columns and facts to remove whole, comma-separated"
@@ -46,7 +44,6 @@ def main() -> None:
         default=MIN_AGE_HOURS,
         help="what is younger may belong to a running writer and is kept (default 24)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args()
     if not arguments.min_age_hours >= 0:
         parser.error("--min-age-hours must be 0 or more")

@@ -23,7 +23,7 @@ from pipeline.media import Decoded
 from pipeline.pick import pick_rows
 from pipeline.source_media import SourceMedia, decode_settings_of
 from pipeline.stored_clips import StoredClip, StoredClips
-from pipeline.sweep import one_line_errors, progress_bar
+from pipeline.sweep import command_parser, one_line_errors, progress_bar
 
 # What is called equal: beyond it, differences are of rounding.
 MAX_PSNR_DB = 100.0
@@ -31,11 +31,9 @@ MAX_PSNR_DB = 100.0
 
 def main() -> None:
     """Parse the command line, write the gallery, print what was found."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.preview",
-        description="Decode latents back into a gallery, beside the media they were made of.",
+    parser = command_parser(
+        "preview", "Decode latents back into a gallery, beside the media they were made of."
     )
-    parser.add_argument("dir", metavar="DIR", help="data set, a folder or a URL")
     parser.add_argument("--num", type=int, default=8, help="clips, chosen at random (default 8)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice (default 0)")
     parser.add_argument("--split", help="choose among the clips of this split only")
@@ -46,7 +44,6 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("preview"), help="folder to write (default ./preview)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     arguments = parser.parse_args()
     if arguments.num < 1 or arguments.seed < 0:
         parser.error("--num must be 1 or more, --seed 0 or more")
