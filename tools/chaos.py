@@ -44,9 +44,11 @@ class TwoNodes:
     """A Ray cluster of two nodes on this machine; the second can be killed and replaced."""
 
     def __init__(self) -> None:
-        node = {"num_cpus": NODE_CPUS, "object_store_memory": NODE_MEMORY_BYTES}
-        head = {**node, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
-        self._node = {**node, "node_ip_address": "127.0.0.1"}
+        self._node: dict[str, Any] = {
+            "num_cpus": NODE_CPUS,
+            "object_store_memory": NODE_MEMORY_BYTES,
+        }
+        head = {**self._node, "include_dashboard": False}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._second = self._cluster.add_node(**self._node)
         self.address = str(self._cluster.address)
@@ -130,6 +132,8 @@ def print_table(result: Result, seed: int) -> None:
             f"{kind:8} {len(hits):>6} {len(hits) - again:>18} {again:>14} "
             f"{statistics.median(lost_s):>15.1f} {max(lost_s):>8.1f}"
         )
+    total_s = sum(hit.lost_s for hit in result.hits)
+    print(f"all: {total_s:.0f} s lost, {total_s / max(1, len(result.hits)):.1f} s a fault\n")
     said = Counter((hit.kind, hit.said) for hit in result.hits if hit.said)
     for (kind, line), count in sorted(said.items()):
         print(f"{count} x {kind}: {line}")

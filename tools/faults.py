@@ -28,7 +28,7 @@ class Fault:
     Attributes:
         kind: of ``KINDS``.
         early: whether it comes some time after the command was typed or the fault before, whatever
-            has happened; else some time after the first commit since then.
+            has happened; else some time after a few commits since then.
         after_s: that time.
         choice: in [0, 1): which of several victims.
     """

@@ -20,6 +20,8 @@ POLL_S = 0.05
 MAX_COMMAND_S = 300.0
 # A command that runs on despite a full disk gets its room back.
 MAX_FULL_S = 20.0
+# Before a fault that is not early: the run has recovered from the one before.
+NUM_COMMITS_BETWEEN = 6
 # Commands of a data set that fail though nothing hits them.
 MAX_FAILED = 3
 
@@ -160,7 +162,8 @@ class Session:
                 self._account(hits[num_before:], commit_times(out))
                 return
             if len(hits) > num_hits:
-                hits[-1].again, hits[-1].said = True, command.last_line()
+                hits[-1].again = True
+                hits[-1].said = "" if hits[-1].kind == "driver" else command.last_line()
             else:
                 num_failed += 1
                 self.result.problems.append(
@@ -186,7 +189,8 @@ class Session:
                 if not pending:
                     continue
                 fault = pending[0]
-                if due_s is None and (fault.early or len(commit_times(out)) > num_armed):
+                num_new = len(commit_times(out)) - num_armed
+                if due_s is None and (fault.early or num_new >= NUM_COMMITS_BETWEEN):
                     due_s = (armed_s if fault.early else now_s) + fault.after_s
                 if due_s is not None and now_s >= due_s and self._inject(fault, command):
                     pending.pop(0)
@@ -215,11 +219,10 @@ class Session:
 
     def _account(self, hits: list[Hit], commits: list[float]) -> None:
         """Work out what each hit cost, once the data set is complete."""
-        ends = [*(hit.at for hit in hits[1:]), time.time()]
-        for hit, end in zip(hits, ends, strict=True):
+        for number, hit in enumerate(hits):
+            is_last = number == len(hits) - 1
+            end = max(hit.at, commits[-1]) if is_last else hits[number + 1].at
             after = [at for at in commits if hit.at < at <= end]
-            if end == ends[-1]:
-                end = max([*after, hit.at])
             hit.lost_s = max(0.0, end - hit.at - len(after) * self.result.usual_s)
 
 

@@ -7,6 +7,8 @@ file left over once ``pipeline.gc`` has been there.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import subprocess
 import sys
 import tarfile
@@ -36,7 +38,8 @@ def differences(root: Path, reference: Path) -> list[str]:
     def report(finding: Finding) -> None:
         found.append(f"verify: {finding.message}")
 
-    verify(root, report, full=True)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        verify(root, report, full=True)
     plan = fmt.read_plan(root)
     if plan != fmt.read_plan(reference):
         return [*found, f"{root} has another plan than {reference}"]
