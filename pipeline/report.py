@@ -107,7 +107,7 @@ class RunReport:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        outcome = f"stopped: {kind.__name__}" if kind else "complete"
+        outcome = self._outcome(kind)
         self._sample(time.monotonic())
         self._tally.take_back_all()
         summary = self._summary(outcome)
@@ -209,6 +209,14 @@ class RunReport:
         if self._publish:
             self._publish(tally)
 
+    def _outcome(self, kind: type[BaseException] | None) -> str:
+        if kind:
+            return f"stopped: {kind.__name__}"
+        open_shards = self._tally.num_shards - self._tally.shards_done
+        if open_shards:  # they were given up
+            return f"incomplete: {open_shards} of {self._tally.num_shards} shards not committed"
+        return "complete"
+
     def _summary(self, outcome: str) -> dict[str, Any]:
         seconds, tally, done = time.time() - self._started, self._tally, self._tally.done
         first, last = tally.first_news_s, tally.at_last_commit
@@ -246,7 +254,7 @@ class RunReport:
     def _closing_line(self, summary: dict[str, Any]) -> str:
         took = duration_text(summary["seconds"])
         return (
-            f"{summary['outcome']}: {summary['clips']:,} clips in {summary['shards']:,} shards in "
+            f"{summary['outcome']}; {summary['clips']:,} clips in {summary['shards']:,} shards in "
             f"{took}, {rate_text(summary['clips_per_s'])} clips/s, "
             f"{rate_text(summary['media_h_per_h'])} h of clips per hour, "
             f"encoders busy {summary['speed_of_light_share']:.0%}; "

@@ -68,16 +68,16 @@ def test_a_log_file_gets_a_line_now_and_then_without_control_characters(
         "failed 60 (33.3%): missing 60",
     ):
         assert text in lines[-1]
-    assert last.startswith("complete: 0 clips in 0 shards in 1:10")
+    assert last.startswith("incomplete: 4 of 4 shards not committed; 0 clips in 0 shards in 1:10")
 
 
 def test_a_quick_run_gives_one_line(tmp_path, monkeypatch):
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
-    with open_report(tmp_path) as run:
+    with open_report(tmp_path, num_shards=1) as run:
         run.update(ShardUpdate("committed", "n/0", A, Counter(ok=10)))
     (line,) = log.getvalue().splitlines()
-    assert line.startswith("complete: 10 clips in 1 shards")
+    assert line.startswith("complete; 10 clips in 1 shards")
 
 
 def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monk
     assert max(map(len, screen(shown))) <= 80
     assert "decode" in shown and "clips per hour" in shown and "failed 3,000," in shown
     (line,) = screen(terminal.getvalue())  # bar and lines are gone
-    assert line.startswith("complete:")
+    assert line.startswith("incomplete: ")
 
 
 def test_a_note_is_shown_once(monkeypatch):

@@ -55,12 +55,13 @@ def test_shards_of_two_cells_are_counted_apart(tmp_path):
 
 
 def test_news_with_the_commit_count_and_captions_are_no_clips(tmp_path):
-    with open_report(tmp_path) as run:
+    with open_report(tmp_path, num_shards=2) as run:
         run.update(ShardUpdate("committed", "n/0", ("text", 0), Counter(ok=99), encode_s=0.5))
         run.update(ShardUpdate("committed", "n/0", A, Counter(ok=7), encode_s=1.0))
         run.update(ShardUpdate("alive", "n/0"))
     summary = summary_of(tmp_path)
     assert (summary["clips"], summary["shards"], summary["encode_s"]) == (7, 2, 1.5)
+    assert summary["outcome"] == "complete"
 
 
 def test_a_lost_attempt_is_uncounted_told_and_still_work_done(tmp_path, capsys):
@@ -158,7 +159,7 @@ def test_events_hold_settings_failed_clips_commits_and_rates(tmp_path, clock):
     samples = events(tmp_path, "sample")
     assert [sample["time"] - start["time"] for sample in samples] == [1.0, 11.0, 21.0, 25.0]
     assert samples[-1]["statuses"] == {"ok": 9, "missing": 1}
-    assert events(tmp_path, "end")[0]["outcome"] == "complete"
+    assert events(tmp_path, "end")[0]["outcome"] == "incomplete: 3 of 4 shards not committed"
 
 
 def test_the_settings_written_can_be_loaded_again(tmp_path):
