@@ -219,7 +219,7 @@ class EncodeConfig:
     decoders: int = Field(default=0, ge=0, le=1024)
     encoder_cpus: int = Field(default=1, ge=1, le=1024)
     encoder_gpus: float = Field(default=0.0, ge=0, le=8)
-    encode_timeout_s: float = Field(default=600.0, gt=0, le=DAY_S)
+    encode_timeout_s: float = Field(default=600.0, ge=10, le=DAY_S)
     decode_timeout_s: float = Field(default=60.0, gt=0, le=DAY_S)
     fetch_timeout_s: float = Field(default=600.0, gt=0, le=DAY_S)
     clips_per_decoder: int = Field(default=2000, ge=1)

@@ -19,7 +19,7 @@ SOURCES = sorted(
 # Which files may import a heavy dependency, wherever in the file.
 IMPORTERS = {
     "ray": {
-        *(f"pipeline/{name}.py" for name in ("cells", "decoders", "telemetry")),
+        *(f"pipeline/{name}.py" for name in ("cells", "cluster", "decoders", "telemetry")),
         *("tools/bench_encode.py", "tools/peers_encode.py", "tools/chaos.py"),
     },
     "deepspeed": {"train/engine.py"},
