@@ -19,7 +19,7 @@ import pyarrow as pa
 from pipeline import format as fmt
 from pipeline.checks import DECISIONS, facts_path
 from pipeline.findings import Finding, Report
-from pipeline.orphans import entries
+from pipeline.orphans import entries, facts_folders
 from pipeline.tables import read_parquet
 
 FACTS_FILE = re.compile(r"(\d{6,})\.parquet")
@@ -61,7 +61,7 @@ class FactsCheck:
 
     def __init__(self, root: Path, report: Report) -> None:
         self._root, self._report = root, report
-        names = sorted(name for name in entries(root) if name.startswith("facts@"))
+        names = facts_folders(root)
         self._shards = {name: shards_with_facts(root / name) for name in names}
         self._num_findings = dict.fromkeys(names, 0)
 

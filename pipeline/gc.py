@@ -18,7 +18,7 @@ from typing import Any
 from pipeline import format as fmt
 from pipeline.data_root import open_root
 from pipeline.files import is_local, map_ahead
-from pipeline.orphans import ColumnFiles, Found, all_files, entries, temporaries
+from pipeline.orphans import ColumnFiles, Found, all_files, entries, facts_folders, temporaries
 from pipeline.records import CommitRecord, read_record
 from pipeline.removal import Holding, Orphan, is_part_of_column, is_part_of_facts, remove
 from pipeline.sweep import command_parser, one_line_errors
@@ -109,8 +109,12 @@ class Listing:
 
     def num_bytes(self, state: str) -> int:
         """Return the bytes of everything in a state: "removable", "removed" or "kept"."""
-        items: list[Orphan | Holding] = [*self.orphans, *self.holdings]
-        return sum(item.num_bytes for item in items if item.state == state)
+        return sum(item.num_bytes for item in self.items if item.state == state)
+
+    @property
+    def items(self) -> list[Orphan | Holding]:
+        """All that may be removed."""
+        return [*self.orphans, *self.holdings]
 
 
 def collect(root: Path, names: Sequence[str], min_age_s: float) -> Listing:
@@ -126,7 +130,7 @@ def collect(root: Path, names: Sequence[str], min_age_s: float) -> Listing:
     """
     plan, listing = fmt.read_plan(root), Listing(root, min_age_s)
     columns = fmt.column_directories(root)
-    facts = sorted(name for name in entries(root) if name.startswith("facts@"))
+    facts = facts_folders(root)
     if unknown := sorted(set(names) - {*columns, *facts}):
         there = ", ".join([*columns, *facts]) or "none"
         raise fmt.FormatError(
@@ -196,7 +200,7 @@ def check_removable(listing: Listing, holding: Holding, names: set[str]) -> None
             )
     age_s = holding.age_s
     if holding.files and (age_s is None or age_s < listing.min_age_s):
-        written = "at an unknown time" if age_s is None else f"{age_s / 3600:.1f} h ago"
+        written = "at an unknown time" if age_s is None else f"{age_text(age_s)} ago"
         raise fmt.FormatError(
             f"{path} was written {written}, a run may still write it; stop that and give "
             "--min-age-hours 0"
@@ -227,18 +231,24 @@ def as_text(listing: Listing) -> str:
             lines.append(f"  {orphan.told(listing.root)['file']}  {described(orphan)}{why}")
         lines += [f"  … {len(some) - SHOWN} more"] * (len(some) > SHOWN)
     removable, removed = listing.num_bytes("removable"), listing.num_bytes("removed")
-    if removed or not removable:
-        lines.append(f"removed: {mb(removed)}")
-    else:
+    if any(item.state == "removable" for item in listing.items):
         lines.append(f"nothing was removed; --yes removes {mb(removable)}")
+    else:
+        lines.append(f"removed: {mb(removed)}" if removed else "nothing to remove")
     return "\n".join([*lines, *(f"damaged: {problem}" for problem in listing.problems)])
 
 
 def described(item: Orphan | Holding) -> str:
     """Return size and age of something."""
-    age = "age unknown" if item.age_s is None else f"{item.age_s / 3600:,.1f} h old"
+    age = "age unknown" if item.age_s is None else f"{age_text(item.age_s)} old"
     shards = f"{item.num_shards} shards, " if isinstance(item, Holding) else ""
     return f"{shards}{mb(item.num_bytes)}, {age}"
+
+
+def age_text(age_s: float) -> str:
+    """Return an age in hours, or in days where they are many."""
+    hours = age_s / 3600
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
 
 
 def mb(num_bytes: int) -> str:

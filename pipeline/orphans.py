@@ -62,6 +62,12 @@ def entries(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def facts_folders(root: Path) -> list[str]:
+    """Return the names of the folders of facts, sorted."""
+    listed = entries(root).items()
+    return sorted(name for name, e in listed if name.startswith("facts@") and e.is_dir())
+
+
 def look_at(folder: Path, entry: Any) -> Found | None:
     """Return what an entry of a folder is, or None where it has gone meanwhile."""
     try:

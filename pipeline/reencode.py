@@ -73,18 +73,19 @@ def reencode_columns(
     Raises:
         FormatError: the plan's table is damaged, or a codec is not known to this version.
     """
-    table, told = PlanTable(root, plan), []
-    source = SourceMedia(plan.source.get("root"))
-    with source as media, progress_bar(num * len(columns), "clip") as bar:
+    table, work = PlanTable(root, plan), []
+    with SourceMedia(plan.source.get("root")) as media:
         for column in columns:
-            check = EncodedAgain(root, column, table, media, report)
+            again = EncodedAgain(root, column, table, media, report)
             planned = len(plan.shard_rows(text=column.spec.modality == "text"))
             shards = {shard for shard in column.committed_shards() if shard < planned}
-            for shard, row in pick_rows(shards, check.ok_rows, num, seed):
-                check.row(shard, row)
-                bar.update()
-            told.append(check.tally.told())
-    return told
+            work.append((again, pick_rows(shards, again.ok_rows, num, seed)))
+        with progress_bar(sum(len(places) for _, places in work), "row") as bar:
+            for again, places in work:
+                for shard, row in places:
+                    again.row(shard, row)
+                    bar.update()
+    return [again.tally.told() for again, _ in work]
 
 
 class EncodedAgain:

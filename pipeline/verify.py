@@ -3,7 +3,7 @@
 Quick by default: every commit record against the plan, every index and the size of every tar
 against the record, all facts against plan and columns. ``--full`` also reads every tar once, front
 to back: each byte of it follows from the plan's keys, the index and the payloads' checksums.
-``--reencode`` encodes random clips again, as only that can tell whether a column still comes from
+``--reencode`` encodes random rows again, as only that can tell whether a column still comes from
 its source. Holds one shard's index and one payload at a time, of an object store some more.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
         type=int,
         metavar="N",
         default=0,
-        help="decode and encode N random clips of every column again, and compare",
+        help="decode and encode N random rows of every column again, and compare",
     )
     parser.add_argument("--seed", type=int, default=0, help="of --reencode's choice (default 0)")
     arguments = parser.parse_args()
@@ -187,7 +187,7 @@ def choose_columns(root: Path, wanted: Sequence[str] | None) -> list[str]:
 def reencode(
     root: Path, report: Report, wanted: Sequence[str] | None, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Encode random clips again, of the columns that can be opened: the others were reported."""
+    """Encode random rows again, of the columns that can be opened: the others were reported."""
     from pipeline.reencode import reencode_columns  # loads the codecs
 
     plan, columns = fmt.read_plan(root), []
@@ -219,7 +219,7 @@ def print_summary(
         print(f"{one['facts']:<{width}}  {one['shards']:>13}  {'':>32}  {one['findings']:>8}")
     for one in reencoded:
         causes = [f"{count} not ({why})" for why, count in one["not_checked"].items()]
-        found = f"{one['checked']} clips encoded again, {one['equal']} gave the same bytes"
+        found = f"{one['checked']} rows encoded again, {one['equal']} gave the same bytes"
         if one["equal"] < one["checked"]:
             found += f", others differ by at most {one['largest_difference']:.3g}"
         print(f"{one['column']:<{width}}  {', '.join([found, *causes])}")

@@ -1,6 +1,9 @@
 """Facts that are damaged, another shard's, or at odds with the columns judged by them."""
 
+import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +16,7 @@ from pipeline import settings
 from pipeline.config import EncodeConfig
 from pipeline.facts_check import FactsCheck, Judged
 from pipeline.plan_table import PlanTable
+from pipeline.verify import verify
 from tests.pipeline.encoded import SETTINGS, Encoded, record_films
 
 
@@ -63,6 +67,25 @@ def test_sound_facts_have_no_findings(built):
     found, summary = check(built)
     assert not found
     assert summary == [{"facts": built.facts.name, "shards": 2, "findings": 0}]
+
+
+def test_verify_checks_facts_with_the_columns_of_clips(encoded):
+    found = []
+    summary = verify(encoded.root, found.append, full=True)
+    assert not found and summary["facts"] == [
+        {"facts": encoded.facts.name, "shards": 2, "findings": 0}
+    ]
+    edit(encoded.facts / "000001.parquet", audio_status=["missing", "missing"])
+    (encoded.facts / "000000.parquet").write_bytes(b"")
+    summary = verify(encoded.root, found.append)
+    assert len(found) == 2 and summary["facts"][0]["findings"] == 2
+    assert all(column["findings"] == 0 for column in summary["columns"])
+    found.clear()
+    assert verify(encoded.root, found.append, ["text"])["facts"] == [] and not found
+    command = [sys.executable, "-m", "pipeline.verify", str(encoded.root), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    told = json.loads(done.stdout)
+    assert done.returncode == 1 and len(told["findings"]) == told["facts"][0]["findings"] == 2
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"x" * 1000])

@@ -19,6 +19,7 @@ from pipeline.gc import collect
 from pipeline.orphans import temporaries
 from pipeline.publish import locked_folder
 from pipeline.shards import ShardWriter, create_column
+from pipeline.verify import verify
 from tests.train.columns import Dataset
 
 DAY_S = 86400.0
@@ -111,6 +112,7 @@ def test_yes_removes_and_says_so(dataset, video):
     orphaned = write_orphans(dataset, video)
     before = snapshot(dataset.root)
     done = run(dataset.root, "--yes", "--json")
+    assert "nothing to remove" in run(dataset.root).stdout
     told = json.loads(done.stdout)
     assert done.returncode == 0 and before - snapshot(dataset.root) == orphaned
     assert told["removable_bytes"] == 0 and told["removed_bytes"] > 80
@@ -136,7 +138,12 @@ def test_what_is_young_may_be_being_written_and_stays(dataset, video):
 def test_file_of_unknown_age_stays(dataset, video, monkeypatch):
     write_orphans(dataset, video)
     look_at = orphans.look_at
-    monkeypatch.setattr(orphans, "look_at", lambda *a: replace(look_at(*a), age_s=None))
+
+    def of_unknown_age(*arguments):
+        found = look_at(*arguments)
+        return found and replace(found, age_s=None)
+
+    monkeypatch.setattr(orphans, "look_at", of_unknown_age)
     gone, listing = removed_by(dataset.root, min_age_s=0)
     assert not gone and {orphan.state for orphan in listing.orphans} == {"kept"}
 
@@ -215,6 +222,23 @@ def test_record_that_appears_after_the_listing_protects_its_files(dataset, video
     assert kept == dict.fromkeys(("000002.tar", "000002.idx.npy"), "committed meanwhile")
     column = open_column(dataset.root, video.name, dataset.plan.plan_id)
     assert len(column.index(2, 8)) == 8 and column.tar_path(2).exists()
+
+
+def test_encoding_again_beside_removals_loses_nothing(dataset, video):
+    """The tar of a shard that is taken back is an orphan, until its name is that of a new one."""
+    findings = []
+    for _ in range(20):
+        (video / "000002.json").unlink()
+        make_older(video)
+        listing = collect(dataset.root, [], DAY_S)
+        remover = threading.Thread(
+            target=removal.remove, args=(listing.orphans, listing.holdings, DAY_S)
+        )
+        remover.start()
+        commit_again(dataset, 2)
+        remover.join()
+        verify(dataset.root, findings.append, ["video"], full=True)
+    assert not findings
 
 
 def test_file_written_after_the_listing_stays(dataset, video):
