@@ -21,13 +21,13 @@ from pipeline.captions import copy_captions
 from pipeline.checks import facts_directory
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.data_root import open_root
-from pipeline.duplicates import Settled, settle_duplicates
+from pipeline.duplicates import Settled, forget_settled, read_settled, settle_duplicates
 from pipeline.files import write_json
 from pipeline.folders import normal_root
 from pipeline.jobs import Job, ShardTask
 from pipeline.plan import ensure_plan, extend_plan
 from pipeline.plan_table import PlanTable
-from pipeline.records import Totals, read_record
+from pipeline.records import Totals, sum_records
 from pipeline.report import RunReport, failures, print_table
 from pipeline.request import Request, parse
 from pipeline.settings import ConfigError
@@ -90,6 +90,7 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
         run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
         from pipeline.telemetry import Telemetry  # loads Ray
 
+        forget_settled(root / facts_directory(plan.plan_id, config))
         job = make_job(request, source, plan, run_id, specs, config)
         num_clips = sum(item.rows for item in work if not item.is_text)
         publish = Telemetry(run_id).publish
@@ -99,9 +100,9 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
     else:
         facts = root / facts_directory(plan.plan_id, config)
         settled = settle(plan, columns, facts, config)
-    for column in columns.values():
-        write_statistics(column)
     totals = {column.path.name: sum_records(column) for column in columns.values()}
+    for column in columns.values():
+        write_statistics(column, totals[column.path.name])
     num_shards = {c.path.name: len(plan.shard_rows(text=m == "text")) for m, c in columns.items()}
     print_table({name: (totals[name], num_shards[name]) for name in totals}, settled.flagged)
     return given_up or settled.complaint or too_many_failed(totals, config)
@@ -184,21 +185,18 @@ def settle(
     """Settle duplicates once all shards are committed; a part of them can't say what is one."""
     if open_work(plan, columns):
         return Settled(Counter())
-    return settle_duplicates(plan, columns, facts, config.checks)
+    return read_settled(facts, columns.values()) or settle_duplicates(
+        plan, columns, facts, config.checks
+    )
 
 
-def write_statistics(column: fmt.Column) -> None:
+def write_statistics(column: fmt.Column, totals: Totals) -> None:
     """Write the channel mean and std of what is committed into column.json, for people.
 
     Readers sum the commit records themselves; column.json is touched only when it changes.
     """
-    path = column.path / "column.json"
-    value = fmt.read_json(path)
-    try:
-        statistics = column.statistics()
-    except fmt.FormatError:
-        return  # no clip of this modality could be encoded
-    if value.get("statistics") != statistics:
+    path, statistics = column.path / "column.json", totals.statistics()
+    if statistics and fmt.read_json(path).get("statistics") != statistics:
         write_json(path, asdict(column.spec) | {"statistics": statistics})
 
 
@@ -213,15 +211,6 @@ def stop_if_too_many_failed(report: RunReport, limit: float) -> None:
             f"{report.failed_share:.0%} of {report.num_clips} clips failed, more than "
             f"max_failed_share={limit:g}; causes are in {report.folder}/events.jsonl"
         )
-
-
-def sum_records(column: fmt.Column) -> Totals:
-    """Sum the commit records of a column."""
-    totals = Totals()
-    for shard in sorted(column.committed_shards()):
-        if record := read_record(column, shard):
-            totals.add(record)
-    return totals
 
 
 def too_many_failed(totals: dict[str, Totals], config: EncodeConfig) -> str | None:
