@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from pipeline.config import EncodeConfig
 from pipeline.jobs import Job
 from pipeline.layout import cluster_layout, local_layout
 from pipeline.settings import ConfigError
+
+CONNECT_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -80,13 +83,14 @@ def joined_cluster(address: str) -> Iterator[None]:
         )
     logging.getLogger("ray").setLevel(logging.WARNING)
     try:
+        check_answer(address)
         ray.init(
             address=address,
             runtime_env={"py_modules": [str(Path(__file__).parent)]},
             log_to_driver=False,
             configure_logging=False,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"--address {address}: no Ray cluster can be joined from here ({reason}); expected "
@@ -96,3 +100,16 @@ def joined_cluster(address: str) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_answer(address: str) -> None:
+    """Check that something listens at ``host:port``: Ray itself tries for many minutes.
+
+    Raises:
+        OSError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit():
+        is_here = host in ("localhost", "127.0.0.1")  # Ray asks at the address that others see
+        target = ray.util.get_node_ip_address() if is_here else host
+        socket.create_connection((target, int(port)), timeout=CONNECT_TIMEOUT_S).close()
