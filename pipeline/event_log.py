@@ -76,7 +76,8 @@ class EventLog:
                 with Path(self._file.name).open("rb") as file:
                     self._remote.upload(file)
         finally:
-            self._file.close()
+            with naming_a_full_disk(Path(self._file.name)):
+                self._file.close()
 
     def _flush_file(self) -> None:
         with naming_a_full_disk(Path(self._file.name)):

@@ -30,6 +30,7 @@ from pipeline.jobs import ShardUpdate
 from pipeline.records import Totals
 from pipeline.run_page import write_page
 from pipeline.settings import dump
+from pipeline.shards import NoRoomError, naming_a_full_disk
 from pipeline.storage import scrubbed
 from pipeline.tally import Point, Tally, TaskName, failures, rates_between
 
@@ -39,7 +40,10 @@ RATE_WINDOW_S = 180.0
 
 
 class RunReport:
-    """Follows one run; a context manager. Leaving the block writes summary and page.
+    """Follows one run; a context manager.
+
+    Leaving the block writes summary and page, and raises NoRoomError or OSError where that can't
+    be done, but not over what ended the run.
 
     Args:
         root: of the data set.
@@ -115,9 +119,10 @@ class RunReport:
         try:
             self._events.write("end", outcome=outcome)
             self._events.close()
-            write_json(self.folder / "summary.json", summary)
-            write_page(self.folder)
-        except OSError as error:
+            with naming_a_full_disk(self.folder / "summary.json"):
+                write_json(self.folder / "summary.json", summary)
+                write_page(self.folder)
+        except (OSError, NoRoomError) as error:
             if kind is None:
                 raise
             # What ended the run is the news; a full disk may well be the cause of both.

@@ -20,8 +20,9 @@ def store(tmp_path):
 def test_a_full_disk_is_named():
     log = EventLog(Path("/dev/full"))
     log.write("clip")
-    with pytest.raises(NoRoomError, match="no room to write /dev/full"):
-        log.flush()
+    for tried in (log.flush, log.close):
+        with pytest.raises(NoRoomError, match="no room to write /dev/full"):
+            tried()
 
 
 def uploads_of(store, monkeypatch, fail=0):
