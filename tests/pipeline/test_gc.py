@@ -19,7 +19,6 @@ from pipeline.gc import collect
 from pipeline.orphans import temporaries
 from pipeline.publish import locked_folder
 from pipeline.shards import ShardWriter, create_column
-from pipeline.verify import verify
 from tests.train.columns import Dataset
 
 DAY_S = 86400.0
@@ -222,23 +221,6 @@ def test_record_that_appears_after_the_listing_protects_its_files(dataset, video
     assert kept == dict.fromkeys(("000002.tar", "000002.idx.npy"), "committed meanwhile")
     column = open_column(dataset.root, video.name, dataset.plan.plan_id)
     assert len(column.index(2, 8)) == 8 and column.tar_path(2).exists()
-
-
-def test_encoding_again_beside_removals_loses_nothing(dataset, video):
-    """The tar of a shard that is taken back is an orphan, until its name is that of a new one."""
-    findings = []
-    for _ in range(20):
-        (video / "000002.json").unlink()
-        make_older(video)
-        listing = collect(dataset.root, [], DAY_S)
-        remover = threading.Thread(
-            target=removal.remove, args=(listing.orphans, listing.holdings, DAY_S)
-        )
-        remover.start()
-        commit_again(dataset, 2)
-        remover.join()
-        verify(dataset.root, findings.append, ["video"], full=True)
-    assert not findings
 
 
 def test_file_written_after_the_listing_stays(dataset, video):
