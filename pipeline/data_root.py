@@ -289,12 +289,12 @@ class RemotePath:
             raise FileExistsError(f"{self} exists")
         bucket = self._path.lstrip("/").partition("/")[0]
         try:
-            self._ask(lambda: self._files.ls(bucket))
+            self._ask(lambda: self._folder.info(bucket))
         except FileNotFoundError:
             reason = f"there is no bucket {bucket!r}; make it, or mend the name"
             raise FileNotFoundError(errno.ENOENT, reason, str(self)) from None
         except PermissionError:
-            pass  # to list all of a bucket may be forbidden where a folder of it may be written
+            pass  # to look at all of a bucket may be forbidden where a folder of it may be written
 
 
 def _text(uri: PurePosixPath) -> str:

@@ -148,9 +148,10 @@ def test_tar_is_that_of_a_local_folder_and_plain(dataset, column, tmp_path):
     np.testing.assert_array_equal(array, dataset.video(0))
 
 
-def test_later_writer_is_told_that_it_lost_and_uploads_nothing(dataset, column):
+def test_later_writer_is_told_that_it_lost_and_uploads_nothing(dataset, column, monkeypatch):
     dataset.write_shard(column, 0, "one")
     before = (column.path / "000000.json").read_bytes()
+    monkeypatch.delattr(RemotePath, "upload")
     assert not dataset.write_shard(column, 0, "two")
     assert (column.path / "000000.json").read_bytes() == before
     assert names(column) == {"column.json", "000000.json", *files_of(column, "one")}
@@ -160,7 +161,7 @@ def test_racing_writers_commit_once_and_losers_take_their_uploads_back(
     dataset, column, monkeypatch
 ):
     """All have uploaded before the first creates its record; each has other values."""
-    barrier, won = threading.Barrier(4), []
+    barrier, won = threading.Barrier(4, timeout=60), []
     create = RemotePath.create
 
     def create_together(path, data):
@@ -301,6 +302,24 @@ def test_files_stay_where_the_record_may_still_arrive(dataset, column, monkeypat
     assert names(column) == {"column.json", *files_of(column, "one")}
     create(*sent[0])
     np.testing.assert_array_equal(first_array(column), dataset.video(0))
+
+
+def test_loser_whose_first_request_may_still_arrive_leaves_its_files(
+    dataset, column, monkeypatch, impatient
+):
+    """The winner's record may be taken back before it does."""
+    create, calls = RemotePath.create, []
+
+    def fail_once(path, data):
+        calls.append(path.name)
+        if len(calls) == 1:
+            path.write_bytes(b'{"attempt": "winner"}')
+            raise OSError(5, "timed out")
+        create(path, data)
+
+    monkeypatch.setattr(RemotePath, "create", fail_once)
+    assert not dataset.write_shard(column, 0, "one") and len(calls) == 2
+    assert names(column) == {"column.json", "000000.json", *files_of(column, "one")}
 
 
 @pytest.mark.parametrize("refused", ["upload", "write_bytes"])
