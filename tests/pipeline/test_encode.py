@@ -19,9 +19,9 @@ import pytest
 import webdataset
 
 from pipeline import format as fmt
-from pipeline.encode import parse
 from pipeline.mux import write_mp4
 from pipeline.plan_table import PlanTable
+from pipeline.request import parse
 from train.config import DataConfig
 from train.data.view import open_view
 
@@ -424,8 +424,8 @@ def test_bad_input_is_one_line_and_writes_nothing(clips, tmp_path, arguments, ex
 
 def test_settings_may_stand_between_options():
     words = ["--src", "a", "video.size=64", "--out", "b", "--columns", "video", "decoders=1"]
-    arguments, config = parse(words)
-    assert (arguments.src, arguments.out) == ("a", "b")
+    request, config = parse(words)
+    assert (request.src, request.out) == ("a", "b")
     assert (config.video.size, config.columns, config.decoders) == (64, ("video",), 1)
 
 
