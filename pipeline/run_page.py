@@ -165,15 +165,18 @@ def page(history: RunHistory, summary: Mapping[str, Any]) -> str:
         for t in (start["time"], history.last_time)
     )
     outcome = history.outcome or "under way, or killed"
-    source = " ".join(str(value) for value in start["source"].values())
-    note = f"{outcome}; from {begun} to {until}; plan {start['plan_id']} of {source}"
+    source = start["source"]
+    note = (
+        f"{outcome}; from {begun} to {until}; "
+        f"plan {start['plan_id']} of {source['kind']} {source['root']}"
+    )
     body = [
         _cards(start, summary, last),
         f'<h2>Over time</h2><div class="cards">{_charts(history)}</div>',
         _failures(Counter(last.get("statuses", {})), history.examples),
         _incidents(history),
         _pairs("Totals", summary) if summary else "",
-        _pairs("Settings", flattened(start["settings"])),
+        _pairs("Settings", {"source": source, **start["settings"]}),
     ]
     title = f"Encode run {start['run_id']}"
     return PAGE.format(title=escaped(title), note=escaped(note), body="\n".join(filter(None, body)))
@@ -273,7 +276,7 @@ def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def escaped(value: Any) -> str:
     """Return a value as text for HTML that shows all of it, and does nothing else."""
-    text = value if isinstance(value, str) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return html.escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
 
 

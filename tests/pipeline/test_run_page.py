@@ -191,7 +191,4 @@ def test_time_ticks_are_in_order():
 
 def test_escaping_keeps_what_can_be_read():
     assert escaped("Grüße <b>, 日本 & 1") == "Grüße &lt;b&gt;, 日本 &amp; 1"
-    assert (
-        escaped(["a", None, json.loads('"\\ud800"')])
-        == "[&#x27;a&#x27;, None, &#x27;\\ud800&#x27;]"
-    )
+    assert escaped(["a", None, json.loads('"\\ud800"')]) == "a, None, \\ud800"
