@@ -76,12 +76,13 @@ class EncoderActor:
             CellError: this node does not see what all must share, or can't start decoders.
         """
         check_node(self._job)
-        import torch  # what decoders, too, would load
+        # First, for decoders start while codecs are loaded.
+        pool = DecoderPool(self._job, self._group, self._num_decoders)
+        import torch  # not above: decoders would load it, too
 
         from pipeline.encoder import ShardEncoder
 
         torch.set_num_threads(self._num_cpus)
-        pool = DecoderPool(self._job, self._group, self._num_decoders)
         encoder = ShardEncoder(self._job, pool)
         yield ShardUpdate("alive")
         yield from encoder.run(self._mailbox)
