@@ -28,9 +28,14 @@ def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
         ConfigError: the source holds no clips fit for a plan; the folder holds another plan, or
             files that are no data set.
     """
+    others = _other_files(root)  # listed first: another driver may be making the same plan
     if (root / "plan.json").exists():
         return _check_plan(root, source, config)
-    _refuse_other_files(root)
+    if others:
+        raise ConfigError(
+            f"--out {root} is neither empty nor a data set (it holds {others[0]}); "
+            "name another folder"
+        )
     draft, told = _draft(source, config)
     root.mkdir(parents=True, exist_ok=True)
     clips_hash = _write_tables(root, draft)
@@ -89,19 +94,15 @@ def extend_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
     return extended
 
 
-def _refuse_other_files(root: Path) -> None:
-    ours = {PLAN_NAME, CAPTIONS_NAME}  # of a run that was stopped before it wrote plan.json
+def _other_files(root: Path) -> list[str]:
+    """Return the names of files that no run leaves which was stopped before it wrote plan.json."""
     try:
-        others = sorted(p.name for p in root.iterdir() if p.name not in ours)
+        names = sorted(path.name for path in root.iterdir())
     except FileNotFoundError:
-        return
+        return []
     except OSError as error:
         raise ConfigError(f"--out {root}: {error.strerror or error}") from None
-    if others := [name for name in others if not name.startswith(".")]:
-        raise ConfigError(
-            f"--out {root} is neither empty nor a data set (it holds {others[0]}); "
-            "name another folder"
-        )
+    return [n for n in names if n not in (PLAN_NAME, CAPTIONS_NAME) and not n.startswith(".")]
 
 
 def _write_tables(root: Path, draft: Draft, before: fmt.Plan | None = None) -> str:

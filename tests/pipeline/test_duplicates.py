@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 
 from pipeline.checks import facts_row, write_facts
 from pipeline.config import CheckSettings
-from pipeline.duplicates import drop_rows, find_duplicates, settle_duplicates
+from pipeline.duplicates import (
+    drop_rows,
+    find_duplicates,
+    forget_settled,
+    read_settled,
+    settle_duplicates,
+)
 from pipeline.format import Column, FormatError
 from pipeline.media import Clip, Decoded
 from tests.train.columns import Dataset
@@ -144,6 +150,27 @@ def test_drop_can_be_done_again_and_does_nothing_then(dataset):
     before = times()
     settle(dataset)
     assert times() == before
+
+
+def test_what_came_out_is_noted_for_these_columns_until_it_is_forgotten(dataset):
+    folder, columns = dataset.root.parent / "facts", columns_of(dataset)
+    assert read_settled(folder, columns.values()) is None
+    settled = settle(dataset, columns=columns_of(dataset, "video"))
+    assert read_settled(folder, columns_of(dataset, "video", "text").values()) == settled
+    assert read_settled(folder, columns.values()) is None
+    settled = settle(dataset)
+    assert read_settled(folder, columns.values()) == settled
+    assert settled.num_dropped == len(CONTENTS)
+    forget_settled(folder)
+    assert read_settled(folder, columns.values()) is None
+    forget_settled(folder)
+
+
+def test_complaint_is_not_noted(dataset):
+    folder = dataset.root.parent / "facts"
+    (folder / "000002.parquet").unlink()
+    assert settle(dataset).complaint is not None
+    assert read_settled(folder, columns_of(dataset).values()) is None
 
 
 def test_failed_row_keeps_its_failure(dataset):

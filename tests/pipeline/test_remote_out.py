@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import google_crc32c
@@ -96,6 +97,16 @@ def test_plan_is_that_of_a_local_folder_and_found_again(root, tmp_path):
     assert shards_of(root) == shards_of(tmp_path / "local")
     with pytest.raises(ConfigError, match="holds plan"):
         ensure_plan(root, source_of("src", clips_named(9)), config)
+
+
+def test_drivers_that_plan_at_once_make_one_plan(root, tmp_path):
+    config, source = EncodeConfig(shard_size=4), source_of("src", clips_named(10))
+    expected = ensure_plan(tmp_path / "local", source, config)
+    for folder in (root, tmp_path / "shared"):
+        with ThreadPoolExecutor(4) as pool:
+            plans = list(pool.map(lambda _, to=folder: ensure_plan(to, source, config), range(4)))
+        assert plans == [expected] * 4
+        assert shards_of(folder) == shards_of(tmp_path / "local")
 
 
 def test_extended_plan_moves_no_clip(root):
@@ -223,7 +234,8 @@ else:
     setattr(RemotePath, {"before the tar": "upload", "before the index": "write_bytes",
                          "before the record": "create"}[step], hang)
 with ShardWriter(find_column(root, "video", None, plan_id), 0, "killed") as writer:
-    writer.add("clip", np.ones((100, 2, 500, 500), np.float16))
+    size = 1000 if step == "while the tar goes up" else 1
+    writer.add("clip", np.ones((5, 2, size, size), np.float16))
     writer.commit()
 """
 
