@@ -55,6 +55,7 @@ class ShardEncoder:
         self._held_bytes = 0  # of frames and sound behind these
         self._commits: deque[tuple[OpenShard, Future[ShardUpdate]]] = deque()
         self._updates: list[ShardUpdate] = []
+        self._taken_s = 0.0  # when the last row was
         self._is_last, self._reported_s, self._heard_s = False, 0.0, 0.0
 
     def run(self, mailbox: queue.SimpleQueue[ShardTask | None]) -> Iterator[ShardUpdate]:
@@ -103,7 +104,8 @@ class ShardEncoder:
 
     def _look_ahead(self) -> None:
         """Make rows ready, and give the decoders their clips."""
-        if len(self._ahead) >= ROWS_AHEAD:
+        copied_bytes = sum(row.copied_bytes for row in self._ahead)
+        if len(self._ahead) >= ROWS_AHEAD or 2 * copied_bytes >= self._job.window_bytes:
             return
         unread = (row for shard in self._open for row in iter(shard.next_row, None))
         rows = list(itertools.islice(unread, ROWS_AT_ONCE))
@@ -118,7 +120,8 @@ class ShardEncoder:
         """
         while self._unwritten and not self._unwritten[0].waiting:
             self._unwritten.popleft()
-        if self._unwritten and (not self._ahead or 2 * self._held_bytes >= self._job.window_bytes):
+        is_alone = not self._ahead or time.monotonic() - self._taken_s > HEARTBEAT_S
+        if self._unwritten and (is_alone or 2 * self._held_bytes >= self._job.window_bytes):
             row = self._unwritten[0]
             for modality in tuple(row.waiting):
                 self._settle(modality, self._batchers[modality].flush(row))
@@ -136,9 +139,9 @@ class ShardEncoder:
         if row.shard.started_s is None:
             row.shard.started_s = time.monotonic()
             self._updates.append(ShardUpdate("started", task=row.shard.task.name))
+        self._taken_s = time.monotonic()
         self._unwritten.append(row)
-        if row.item:
-            self._held_bytes += row.item.num_bytes
+        self._held_bytes += row.held_bytes
         media = row.shard.judge(row)
         for modality in tuple(media):
             self._settle(modality, self._batchers[modality].add(row, media.pop(modality)))
@@ -152,8 +155,8 @@ class ShardEncoder:
 
     def _write(self, shard: OpenShard) -> None:
         for row in shard.write():
+            self._held_bytes -= row.held_bytes
             if row.item:
-                self._held_bytes -= row.item.num_bytes
                 self._pool.release(row.item)
 
     def _commit(self, committer: ThreadPoolExecutor) -> None:

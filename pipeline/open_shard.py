@@ -1,7 +1,8 @@
 """One shard being written: its rows in plan order, a bad clip's as a tombstone, and its facts.
 
 Where an earlier run left facts of a clip that was whole, they decide the verdict and stay as they
-are. All columns are committed together, after the facts.
+are; where it left its latents, too, and the shard was taken back for the sake of other clips, they
+are copied. All columns are committed together, after the facts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pipeline import format as fmt
 from pipeline.batching import Encoded
 from pipeline.captions import caption_key
 from pipeline.checks import (
+    BOTH,
     facts_row,
     is_settled,
     judge,
@@ -31,6 +33,7 @@ from pipeline.checks import (
 )
 from pipeline.jobs import FailedClip, Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, Decoded
+from pipeline.old_rows import open_old_rows
 from pipeline.pool import Item
 from pipeline.shards import ShardWriter
 from pipeline.storage import MediaStore
@@ -43,6 +46,7 @@ class Row:
     Attributes:
         item: what decoders are given; None where there is nothing to decode.
         decoded: what they found, or what is known without them; None before, and once judged.
+        copied_bytes: of latents that were there before.
         lengths: frames and samples.
         waiting: modalities that wait for their codec.
         latents: by modality, as they are stored.
@@ -56,6 +60,7 @@ class Row:
     item: Item | None = None
     decoded: Decoded | None = None
     caption: str = ""
+    copied_bytes: int = 0
     lengths: dict[str, int] = field(default_factory=dict)
     waiting: set[str] = field(default_factory=set)
     latents: dict[str, np.ndarray] = field(default_factory=dict)
@@ -63,6 +68,11 @@ class Row:
     media_s: float = 0.0
     decode_s: float = 0.0
     encode_s: float = 0.0
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it may hold in memory from when it is decoded until it is written."""
+        return self.copied_bytes + (self.item.num_bytes if self.item else 0)
 
 
 @dataclass
@@ -114,6 +124,9 @@ class OpenShard:
             }
             self._stack = stack.pop_all()
         is_text = task.modalities == ("text",)
+        keys = [clip.key for clip in task.clips] or list(map(caption_key, task.captions))
+        opened = {m: open_old_rows(columns[m], task.shard, keys) for m in task.modalities}
+        self._old = {modality: old for modality, old in opened.items() if old}
         self._stored = None if is_text else read_facts(self._facts_folder, task.shard)
         self._known = [
             row if row and is_settled(row) else None
@@ -136,10 +149,7 @@ class OpenShard:
         return next(self._unread, None)
 
     def judge(self, row: Row) -> dict[str, Any]:
-        """Judge the next row that was decoded; return what of it is to be encoded, by modality.
-
-        Facts are measured on both modalities, whatever columns this run writes.
-        """
+        """Judge the next row that was decoded; return what of it is to be encoded, by modality."""
         self._judged.append(row)
         if row.clip is None:
             media: dict[str, Any] = {"text": row.caption}
@@ -148,14 +158,15 @@ class OpenShard:
             known, row.decode_s = self._known[row.number], row.decoded.seconds
             judged = judge(with_facts(row.decoded, known), self._job.checks)
             self._facts.append(known or facts_row(row.number, row.clip, judged))
-            row.problems = {m: why for m, why in judged.problems.items() if m in self._writers}
+            lacking = set(self._writers) - set(row.latents)
+            row.problems = {m: why for m, why in judged.problems.items() if m in lacking}
             row.media_s = judged.facts.get("duration_s") or 0.0
             media = {"video": judged.frames, "audio": judged.sound}
             for modality, axis in (("video", 0), ("audio", 1)):
                 if media[modality] is not None:
                     row.lengths[modality] = media[modality].shape[axis]
         row.decoded = None
-        row.waiting = set(self._writers) - set(row.problems)
+        row.waiting = set(self._writers) - set(row.problems) - set(row.latents)
         return {modality: media[modality] for modality in self._writers if modality in row.waiting}
 
     def settle(self, row: Row, modality: str, encoded: Encoded) -> None:
@@ -217,6 +228,8 @@ class OpenShard:
                 for modality, writer in self._writers.items()
                 if writer.commit(extra)
             )
+            for old in self._old.values():
+                old.forget()
         news, self._news = self._news, _News()
         news.write_s += time.perf_counter() - started
         return ShardUpdate(
@@ -240,22 +253,35 @@ class OpenShard:
         return ShardUpdate("progress", task=self.task.name, **vars(news))
 
     def _clip_rows(self) -> Iterator[Row]:
-        """Decoders get no clip whose file is not there or whose facts say enough."""
-        whole = None not in self._known
-        wanted = frozenset(self._writers if whole else ("video", "audio"))
+        """Decoders get no clip whose file is not there, or of which enough is known and kept."""
         for number, clip in enumerate(self.task.clips):
             facts, row = self._known[number], Row(self, number, clip.key, clip)
-            row.decoded = verdict_without_decoding(facts, self._job.checks) if facts else None
+            if facts:
+                row.decoded = verdict_without_decoding(facts, self._job.checks)
+                self._copy_latents(row)
+                if row.latents.keys() == self._writers.keys():
+                    row.decoded = Decoded(None, None)
             if row.decoded is None and self._media.is_missing(clip.uri):
                 found = f"no file {clip.uri} in {self._job.media_root}"
                 row.decoded = Decoded.failed("missing", f"{found}, expected the clip's media")
             if row.decoded is None:
-                row.item = Item(next(self._tickets), clip, wanted, self._job.clip_bytes(clip))
+                # Facts are measured on both modalities, whatever columns this run writes.
+                wanted = self._writers.keys() - row.latents.keys() if facts else BOTH
+                num_bytes = self._job.clip_bytes(clip)
+                row.item = Item(next(self._tickets), clip, frozenset(wanted), num_bytes)
             yield row
 
     def _caption_rows(self) -> Iterator[Row]:
         for number, caption in enumerate(self.task.captions):
-            yield Row(self, number, caption_key(caption), caption=caption)
+            row = Row(self, number, caption_key(caption), caption=caption)
+            self._copy_latents(row)
+            yield row
+
+    def _copy_latents(self, row: Row) -> None:
+        for modality, old in self._old.items():
+            if (latent := old.read(row.number)) is not None:
+                row.latents[modality] = latent
+                row.copied_bytes += latent.nbytes
 
     def _stored_latent(
         self, row: Row, modality: str, latent: np.ndarray

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pipeline import format as fmt
 from pipeline.checks import DECISIONS
 from pipeline.jobs import ShardTask
+from pipeline.old_rows import take_back
 from pipeline.plan_table import PlanTable
-from pipeline.records import record_path
 from pipeline.settings import ConfigError
 
 CLIP_MODALITIES = ("video", "audio")
@@ -127,4 +127,4 @@ def reopen_failed(columns: dict[str, fmt.Column], statuses: frozenset[str]) -> N
     for column in columns.values():
         for shard in sorted(column.committed_shards()):
             if statuses & set(column.committed(shard)["status_counts"]):
-                record_path(column, shard).unlink()
+                take_back(column, shard)

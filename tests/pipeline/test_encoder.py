@@ -5,6 +5,7 @@ import pytest
 
 from pipeline import format as fmt
 from pipeline.checks import facts_directory, facts_path, read_facts
+from pipeline.codecs.builtin import LogmelAudio
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.decode import decode_clip
 from pipeline.duplicates import settle_duplicates
@@ -170,3 +171,86 @@ def test_films_without_sound_are_flagged_and_found_twice(tmp_path, columns):
     assert (settled.num_dropped, settled.flagged) == (2, {"still": 1})
     assert run.statuses(run.columns["video"]) == ["ok", "duplicate", "duplicate"]
     assert run.encode(columns, "checks.duplicate=drop")["video"][1:] == ["duplicate"] * 2
+
+
+def test_only_failed_clips_are_decoded_again(tmp_path):
+    """The others are copied, though their files are gone by then; bytes are as if none failed."""
+    run = Run(tmp_path, "a", "x", "b")
+    for seed, name in enumerate(("a", "x", "b")):
+        run.film(name, seed=seed)
+    (run.media / "x.mp4").rename(tmp_path / "x.mp4")
+    run.encode()
+    (tmp_path / "x.mp4").rename(run.media / "x.mp4")
+    for name in ("a", "b"):
+        (run.media / f"{name}.mp4").rename(tmp_path / f"{name}.mp4")
+    reopen_failed(run.columns, FAILED)
+    assert run.encode() == {"video": ["ok"] * 3, "audio": ["ok"] * 3}
+    assert run.decoded == [("x", {"video", "audio"})]
+    assert not list(run.root.rglob(".*"))
+
+    undisturbed = Run(make_folder(tmp_path / "undisturbed"), "a", "x", "b")
+    for name in ("a", "b", "x"):
+        there = tmp_path if name != "x" else run.media
+        (there / f"{name}.mp4").rename(undisturbed.media / f"{name}.mp4")
+    undisturbed.encode()
+    assert payloads(undisturbed) == payloads(run)
+
+
+def test_codec_that_failed_over_sound_costs_no_picture_again(tmp_path, monkeypatch):
+    """Its facts are known: only what lacks a latent is decoded."""
+    run = Run(tmp_path, "a", "x")
+    run.film("a")
+    run.film("x", seed=1)
+    encode, num_calls = LogmelAudio.encode, []
+
+    def fail_once(self, batch):
+        num_calls.append(len(batch))
+        if len(num_calls) == 2:
+            raise ArithmeticError("no sound today")
+        return encode(self, batch)
+
+    monkeypatch.setattr(LogmelAudio, "encode", fail_once)
+    assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "encode_error"]}
+    reopen_failed(run.columns, FAILED)
+    assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
+    assert run.decoded == [("x", {"audio"})]
+
+
+@pytest.mark.parametrize("damage", ["payload", "index", "record", "tar is gone"])
+def test_rows_that_are_damaged_are_encoded_again(tmp_path, damage):
+    run = Run(tmp_path, "a", "x")
+    run.film("a")
+    run.encode()
+    run.film("x", seed=1)
+    reopen_failed(run.columns, FAILED)
+    folder = run.columns["video"].path
+    path = {"payload": "000000.tar", "index": "000000.idx.npy", "tar is gone": "000000.tar"}.get(
+        damage, ".000000.reopened.tmp"
+    )
+    data = bytearray((folder / path).read_bytes())
+    data[{"payload": 2000, "record": 0}.get(damage, len(data) // 2)] ^= 1
+    (folder / path).write_bytes(data)
+    if damage == "tar is gone":
+        (folder / path).unlink()
+    assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
+    assert sorted(run.decoded) == [("a", {"video"}), ("x", {"video", "audio"})]
+    again = Run(make_folder(tmp_path / "again"), "a", "x")
+    again.film("a")
+    again.film("x", seed=1)
+    again.encode()
+    assert payloads(again) == payloads(run)
+
+
+def make_folder(path):
+    path.mkdir()
+    return path
+
+
+def payloads(run):
+    """Return the tars and indexes of a data set's columns."""
+    files = [path for column in run.columns.values() for path in column.path.iterdir()]
+    return {
+        str(path.relative_to(run.root)): path.read_bytes()
+        for path in files
+        if path.suffix in (".tar", ".npy")
+    }
