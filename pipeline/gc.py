@@ -187,7 +187,7 @@ def check_removable(listing: Listing, holding: Holding, names: set[str]) -> None
 
     Raises:
         FormatError: it is a link, holds what no run of ours writes, may be being written, or is
-            named by commit records that stay.
+            or may be named by commit records that stay.
     """
     path = holding.path
     if is_local(path) and path.is_symlink():
@@ -210,6 +210,10 @@ def check_removable(listing: Listing, holding: Holding, names: set[str]) -> None
         raise fmt.FormatError(
             f"{path} is named by the commit records of {', '.join(staying)}; expected facts that "
             "no column needs: name these columns too, or leave the facts"
+        )
+    if holding.is_facts and listing.problems:
+        raise fmt.FormatError(
+            f"{path}: whether commit records name it can't be told ({listing.problems[0]})"
         )
 
 

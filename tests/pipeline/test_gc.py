@@ -367,6 +367,18 @@ def test_facts_that_records_name_go_only_with_them(dataset, video):
     assert {name.split("/")[0] for name in gone} == {"facts@probe-11111111", video.name}
 
 
+def test_facts_that_a_damaged_record_may_name_stay(dataset, video):
+    facts = dataset.root / "facts@probe-11111111"
+    facts.mkdir()
+    (facts / "000000.parquet").write_bytes(b"x")
+    (video / "000001.json").write_text("{")
+    make_older(dataset.root)
+    with pytest.raises(FormatError, match=r"can't be told.*000001\.json"):
+        removed_by(dataset.root, [facts.name])
+    removed_by(dataset.root, [facts.name, video.name])
+    assert not facts.exists() and not video.exists()
+
+
 def test_damaged_column_can_be_removed_by_its_name(dataset, video):
     (video / "column.json").write_text("{}")
     make_older(dataset.root)
