@@ -187,7 +187,7 @@ def read_summary(path: Path) -> RunSummary:
 def as_text(status: dict[str, Any]) -> str:
     """Return the status as lines for a person."""
     plan = status["plan"]
-    source = " ".join(str(value) for value in plan["source"].values())
+    source = " ".join(str(plan["source"].get(name, "")) for name in ("kind", "root")).strip()
     lines = [
         f"{status['dir']}: plan {plan['plan_id']} of {source}: {plan['clips']} clips in "
         f"{plan['shards']} shards, {plan['captions']} captions"
