@@ -68,7 +68,7 @@ def test_the_tour_runs_as_written(shared_clips, tmp_path):
     folder = copy_of_repository(tmp_path)
     first, *tour = readme_commands()
     assert "make demo" in first
-    assert len(tour) == 2
+    assert len(tour) == 3
     for block in tour:
         script = block.replace("source .venv/bin/activate\n", "")
         script = script.replace("CLIPS", str(shared_clips / "vggsound"))
