@@ -136,8 +136,15 @@ class Encode:
         ]
         with self._log.open("a") as log:
             log.write(f"{time.monotonic()} {len(latents)}\n")
-        columns = {name: np.stack([each[name] for each in latents]) for name in latents[0]}
+        columns = {name: _column([each[name] for each in latents]) for name in latents[0]}
         return {"__key__": batch["__key__"], **columns}
+
+
+def _column(arrays: list[np.ndarray]) -> np.ndarray:
+    """Return arrays as a column, whatever their shapes: decord's sound differs in length."""
+    column = np.empty(len(arrays), object)
+    column[:] = arrays
+    return column
 
 
 def _ray_data(pipe: Any, job: PeerJob, num_decoders: int, num_encoders: int) -> None:
