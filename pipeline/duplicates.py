@@ -22,7 +22,8 @@ import pyarrow as pa
 from pipeline import format as fmt
 from pipeline.checks import count_flags, facts_path, read_usable, shards_with_facts
 from pipeline.config import CheckSettings
-from pipeline.files import is_local, map_ahead, sync_folder
+from pipeline.files import map_ahead
+from pipeline.old_rows import take_back
 from pipeline.shards import ShardWriter
 from pipeline.tables import read_parquet, write_parquet
 
@@ -226,7 +227,7 @@ def drop_rows(
             continue
         status = column.index(shard, rows_per_shard[shard])["status"]
         if set(np.flatnonzero(status == DUPLICATE).tolist()) - wanted:
-            _take_back_commit(column, shard)
+            take_back(column, shard)
             reopened.add(shard)
         elif rows := wanted & set(np.flatnonzero(status == fmt.OK).tolist()):
             keys = read_parquet(facts_path(folder, shard), ["key"])["key"].to_pylist()
@@ -259,10 +260,3 @@ def _drop_of_shard(column: fmt.Column, shard: int, keys: list[str], doomed: set[
 def _array(column: fmt.Column, payload: bytes, padded_shape: np.ndarray) -> np.ndarray:
     shape = padded_shape[: len(column.spec.axes)].tolist()
     return np.frombuffer(payload, dtype=column.spec.dtype).reshape(shape)
-
-
-def _take_back_commit(column: fmt.Column, shard: int) -> None:
-    """Make a shard count as not encoded."""
-    (column.path / f"{fmt.shard_name(shard)}.json").unlink()
-    if is_local(column.path):
-        sync_folder(column.path)
