@@ -82,7 +82,8 @@ class RemotePath:
     def __init__(self, folder: RemoteFolder, uri: str = "") -> None:
         self._folder, self._uri = folder, PurePosixPath(uri)
         self._files = folder.files
-        self._path = folder.full(str(self._uri)) if uri else folder.path.rstrip("/")
+        # Others may have put objects of odd names there, which have to be listed.
+        self._path = folder.full(str(self._uri), strict=False) if uri else folder.path.rstrip("/")
 
     # -- names
 

@@ -122,9 +122,9 @@ class RemoteFolder:
                 "the address right, and the network up?"
             ) from None
 
-    def full(self, uri: str) -> str:
-        """Return how the file system names a file."""
-        check_uri(uri)
+    def full(self, uri: str, strict: bool = True) -> str:
+        """Return how the file system names a file; raises as ``check_uri``."""
+        check_uri(uri, strict)
         return f"{self.path.rstrip('/')}/{quote(uri) if self.root.startswith('http') else uri}"
 
     def stat(self, uri: str) -> FileStat:

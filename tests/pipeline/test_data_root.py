@@ -129,6 +129,15 @@ def test_listing_tells_sizes_kinds_and_times(root):
         scan(root / "nothing")
 
 
+def test_odd_names_are_listed(root):
+    """Whoever looks for what is left over must see them."""
+    odd = {"a\\b", "tab\there", "ümlaut %41", "c:d"}
+    for name in odd:
+        (root / name).write_bytes(b"x")
+    assert {path.name for path in root.iterdir()} == odd | {"plan.json", "facts@a"}
+    assert all((root / name).read_bytes() == b"x" for name in odd)
+
+
 def test_reading(root):
     path = root / "facts@a" / "000000.parquet"
     assert read_range(path, 3, 4) == b"3456" and read_range(path, 8, 4) == b"89"
