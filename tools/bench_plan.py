@@ -122,7 +122,8 @@ def commit_all(root: Path) -> int:
 def run_module(*command: str | Path) -> dict[str, float]:
     """Run a command of the project; return its seconds."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
+    line = [sys.executable, "-m", *command]
+    done = subprocess.run(line, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"python -m {' '.join(map(str, command))} failed: {done.stderr}")
     wall_s = time.perf_counter() - started
