@@ -130,11 +130,11 @@ def read_record(column: fmt.Column, shard: int) -> CommitRecord | None:
     Raises:
         FormatError: it is another data set's, lacks a key, has a wrong type or contradicts itself.
     """
-    path = record_path(column, shard)
     try:
         raw = column.commit(shard)
         record = RECORD_TYPE.validate_python(raw) if raw is not None else None
     except ValidationError as error:
+        path = record_path(column, shard)
         message = f"{path}: {first_error(error)}; {repair(column, shard)}"
         raise fmt.FormatError(message) from None
     if record is not None:
