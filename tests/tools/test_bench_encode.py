@@ -160,6 +160,7 @@ def test_peaks_outlive_the_processes_and_what_they_held():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_all_contenders_do_the_same_work(clips, tmp_path, capsys):
     """The whole command on few small clips; a minute or two."""
     arguments = ["--clips", str(clips), "--num-clips", "96", "--num-light", "96", "--json"]
