@@ -136,8 +136,9 @@ class DecoderPool:
         return self._line.bytes_in_flight
 
     def submit(self, items: Iterable[Item]) -> None:
-        """Put clips at the end of the line; decoders are given them when the pool is polled."""
+        """Put clips at the end of the line; none at all lets the decoders have those there."""
         self._line.submit(items)
+        self._fill(beyond=False)  # the caller may have work that makes room
 
     def poll(self, timeout_s: float) -> tuple[Item, Decoded] | None:
         """Return the next clip in line; None where it does not come in time, or none is in line.
@@ -150,7 +151,7 @@ class DecoderPool:
         give_up_at = time.monotonic() + timeout_s
         while True:
             self._collect()
-            self._fill()
+            self._fill(beyond=True)
             heads = [lane.queue[0].decoded for lane in self._lanes if lane.queue]
             found, left_s = self._line.pop(), give_up_at - time.monotonic()
             if found or left_s <= 0 or not heads:
@@ -174,7 +175,7 @@ class DecoderPool:
         actor: Any = placed.remote(self._media, self._job.decode)
         return _Lane(actor, actor.__ray_ready__.remote(), self._job.clips_per_decoder)
 
-    def _fill(self) -> None:
+    def _fill(self, beyond: bool) -> None:
         """Queue clips ahead on the decoders that have the fewest.
 
         A clip that failed gets a decoder to itself: a process that dies can take the answer for
@@ -185,7 +186,7 @@ class DecoderPool:
             alone = lane.queue and lane.queue[0].item.ticket in self._failures
             return self._depth if alone or lane.clips_left == 0 else len(lane.queue)
 
-        while item := self._line.next():
+        while item := self._line.next(beyond):
             lane = min(self._lanes, key=load)
             if load(lane) >= (1 if item.ticket in self._failures else self._depth):
                 return

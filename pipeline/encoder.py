@@ -105,10 +105,10 @@ class ShardEncoder:
     def _look_ahead(self) -> None:
         """Make rows ready, and give the decoders their clips."""
         copied_bytes = sum(row.copied_bytes for row in self._ahead)
-        if len(self._ahead) >= ROWS_AHEAD or 2 * copied_bytes >= self._job.window_bytes:
-            return
-        unread = (row for shard in self._open for row in iter(shard.next_row, None))
-        rows = list(itertools.islice(unread, ROWS_AT_ONCE))
+        rows: list[Row] = []
+        if len(self._ahead) < ROWS_AHEAD and 2 * copied_bytes < self._job.window_bytes:
+            unread = (row for shard in self._open for row in iter(shard.next_row, None))
+            rows = list(itertools.islice(unread, ROWS_AT_ONCE))
         self._ahead += rows
         self._pool.submit(row.item for row in rows if row.item)
 

@@ -51,7 +51,7 @@ class Pool(Protocol):
         ...
 
     def submit(self, items: Iterable[Item]) -> None:
-        """Put clips at the end of the line."""
+        """Put clips at the end of the line; none at all lets the decoders have those there."""
         ...
 
     def poll(self, timeout_s: float) -> tuple[Item, Decoded] | None:
@@ -89,8 +89,12 @@ class Line:
             self._waiting.append(item)
             self._submitted.append(item)
 
-    def next(self) -> Item | None:
-        """Return the item that a decoder may be given now, or None."""
+    def next(self, beyond: bool) -> Item | None:
+        """Return the item that a decoder may be given now, or None.
+
+        Args:
+            beyond: whether the window may be exceeded where nothing else moves.
+        """
         if self._returned:
             return self._returned[0]
         if not self._waiting:
@@ -98,7 +102,7 @@ class Line:
         item = self._waiting[0]
         fits = self.bytes_in_flight + item.num_bytes <= self._window_bytes
         nothing_moves = len(self._in_flight) == self._num_held
-        return item if fits or nothing_moves else None
+        return item if fits or (beyond and nothing_moves) else None
 
     def give(self) -> Item:
         """Take the next item out of the line, for a decoder."""

@@ -70,9 +70,10 @@ class InProcessPool:
 
     def submit(self, items):
         self.line.submit(items)
+        self._fill(beyond=False)
 
-    def _fill(self):
-        while len(self.busy) < self.num_decoders and self.line.next():
+    def _fill(self, beyond):
+        while len(self.busy) < self.num_decoders and self.line.next(beyond):
             before = self.bytes_in_flight
             self.busy.append(item := self.line.give())
             self.log.append(("given", item.clip.key))
@@ -80,7 +81,7 @@ class InProcessPool:
                 self.most_beyond_window = max(self.most_beyond_window, before)
 
     def poll(self, timeout_s):
-        self._fill()
+        self._fill(beyond=True)
         while not (found := self.line.pop()):
             if not self.busy or self.random.random() < 0.1:
                 return None
@@ -89,7 +90,7 @@ class InProcessPool:
                 self.line.give_back([item])
             else:
                 self.line.finish(item, self.decode(item.clip, set(item.wanted)))
-            self._fill()
+            self._fill(beyond=True)
         self.log.append(("popped", found[0].clip.key))
         return found
 
