@@ -35,11 +35,11 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, help="where the tars go, a folder or a URL")
     parser.add_argument(
-        "--columns", default="video,audio,text", help="modalities to join (default: all three)"
+        "--view",
+        default="video,audio,text",
+        help="columns to join: modalities, and where there are several columns of one, which: "
+        "video,audio@logmel (codec), audio@1234abcd (fingerprint) or the folder's name",
     )
-    for modality in fmt.MODALITIES:
-        what = f"{modality} column by codec, fingerprint or folder, where there are several"
-        parser.add_argument(f"--{modality}", metavar="NAME", help=what)
     parser.add_argument(
         "--missing",
         choices=("error", "drop"),
@@ -48,7 +48,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     with one_line_errors("complete tars are kept; the same command goes on"):
-        names = {m: getattr(arguments, m) for m in chosen_modalities(arguments.columns)}
+        names = parse_view(arguments.view)
         root, out = open_root(arguments.dir), open_root(arguments.out)
         summary = pack(root, out, names, arguments.missing)
     if arguments.json:
@@ -61,12 +61,22 @@ def main() -> None:
         )
 
 
-def chosen_modalities(text: str) -> list[str]:
-    """Split ``--columns``; the order is always the same, so that the bytes are."""
-    items = text.split(",")
-    if not set(items) <= set(fmt.MODALITIES):
-        raise fmt.FormatError(f"--columns {text}: expected some of {','.join(fmt.MODALITIES)}")
-    return [modality for modality in fmt.MODALITIES if modality in items]
+def parse_view(text: str) -> dict[str, str | None]:
+    """Read ``--view``: by modality, the column as `format.find_column` takes it.
+
+    The order is always the same, so that the bytes are.
+
+    Raises:
+        FormatError: something is no modality, or named twice.
+    """
+    items = [item.partition("@") for item in text.split(",")]
+    names = {modality: column or None for modality, _, column in items}
+    if not set(names) <= set(fmt.MODALITIES) or len(names) < len(items):
+        raise fmt.FormatError(
+            f"--view {text}: expected some of {','.join(fmt.MODALITIES)}, each once; a column is "
+            "named behind an @, as in audio@logmel"
+        )
+    return {modality: names[modality] for modality in fmt.MODALITIES if modality in names}
 
 
 @checked_dataclass(frozen=True)

@@ -18,7 +18,7 @@ from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
 from pipeline import pack as program
 from pipeline.files import write_json
 from pipeline.format import FormatError, read_json
-from pipeline.pack import pack
+from pipeline.pack import pack, parse_view
 from tests.train.columns import Dataset
 
 ALL = {"video": None, "audio": None, "text": None}
@@ -100,7 +100,7 @@ def test_one_tar_a_shard_of_plain_ustar_members(dataset, out):
 def test_same_columns_give_the_same_bytes_whatever_order_they_are_named_in(dataset, out):
     pack(dataset.root, out, ALL, "error")
     other = out.with_name("other")
-    assert run(dataset.root, "--out", other, "--columns", "text,audio,video").returncode == 0
+    assert run(dataset.root, "--out", other, "--view", "text,audio,video").returncode == 0
     assert digests(out) == digests(other)
 
 
@@ -117,8 +117,10 @@ def test_column_is_chosen_by_codec_fingerprint_or_folder(dataset, out):
     with pytest.raises(FormatError, match="fits several columns"):
         pack(dataset.root, out, ALL, "error")
     spec = second.spec("video")
-    for number, name in enumerate(("second", spec.fingerprint, spec.directory)):
-        summary = pack(dataset.root, out / str(number), {**ALL, "video": name}, "error")
+    names = ("video@second", f"video@{spec.fingerprint}", spec.directory)
+    for number, name in enumerate(names):
+        view = parse_view(f"{name},audio,text")
+        summary = pack(dataset.root, out / str(number), view, "error")
         assert summary["columns"]["video"] == spec.directory
 
 
@@ -300,8 +302,9 @@ def test_command_says_what_it_did(gappy, out):
     assert "10 clips left out" in done.stdout
 
 
-def test_wrong_modality_is_one_line(dataset, out):
-    done = run(dataset.root, "--out", out, "--columns", "video,smell")
+@pytest.mark.parametrize("view", ["video,smell", "video,video@second", ""])
+def test_wrong_view_is_one_line(dataset, out, view):
+    done = run(dataset.root, "--out", out, "--view", view)
     assert (done.returncode, done.stdout) == (1, "") and done.stderr.count("\n") == 1
 
 
