@@ -116,13 +116,6 @@ class OpenShard:
         self.started_s: float | None = None
         self._job, self._media, self._tickets = job, media, tickets
         self._facts_folder = root / job.facts
-        attempt = f"{job.run_id}-{task.attempt}"
-        with ExitStack() as stack:
-            self._writers = {
-                modality: stack.enter_context(ShardWriter(columns[modality], task.shard, attempt))
-                for modality in task.modalities
-            }
-            self._stack = stack.pop_all()
         is_text = task.modalities == ("text",)
         keys = [clip.key for clip in task.clips] or list(map(caption_key, task.captions))
         opened = {m: open_old_rows(columns[m], task.shard, keys) for m in task.modalities}
@@ -138,6 +131,13 @@ class OpenShard:
         self._decode_s = self._encode_s = 0.0
         self._news = _News()
         self._unread = self._caption_rows() if is_text else self._clip_rows()
+        attempt = f"{job.run_id}-{task.attempt}"
+        with ExitStack() as stack:
+            self._writers = {
+                modality: stack.enter_context(ShardWriter(columns[modality], task.shard, attempt))
+                for modality in task.modalities
+            }
+            self._stack = stack.pop_all()
 
     @property
     def is_written(self) -> bool:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline import encoder as encoder_module
 from pipeline import format as fmt
+from pipeline import open_shard
 from pipeline.checks import read_facts
 from pipeline.encoder import ShardEncoder
 from pipeline.format import ColumnSpec
@@ -295,6 +296,17 @@ def test_error_of_a_decoder_pool_ends_the_run_and_leaves_nothing(bench):
 
     it = bench(decode=broken)
     with pytest.raises(OSError, match="no decoders"):
+        it.run(it.task(0, [1.0] * 3))
+    assert it.left_over() == []
+
+
+def test_damaged_facts_end_the_run_and_leave_nothing(bench, monkeypatch):
+    def fail(*_):
+        raise fmt.FormatError("facts are damaged")
+
+    monkeypatch.setattr(open_shard, "read_facts", fail)
+    it = bench()
+    with pytest.raises(fmt.FormatError, match="facts are damaged"):
         it.run(it.task(0, [1.0] * 3))
     assert it.left_over() == []
 
