@@ -136,6 +136,7 @@ class RayCell:
     @property
     def name(self) -> str:
         """Its host, once it has one, and its number."""
+        self.is_placed()
         return f"{self._host or 'unplaced'}/{self._number}"
 
     def is_placed(self) -> bool:
@@ -162,7 +163,7 @@ class RayCell:
         except StopIteration:
             return Lost("the encoder ended by itself")
         except RayTaskError as error:  # raised by the encoder's code
-            return _lost_by(error.cause)
+            return lost_by(error.cause)
         except RayError as error:
             return Lost(_reason(error))
 
@@ -223,7 +224,7 @@ def cluster_nodes() -> list[Node]:
     ]
 
 
-def _lost_by(error: BaseException) -> Lost:
+def lost_by(error: BaseException) -> Lost:
     """Return the loss of a cell whose code raised, or raise what ends the run."""
     if isinstance(error, CellError):
         raise ConfigError(str(error)) from None

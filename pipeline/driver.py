@@ -155,7 +155,7 @@ class Driver(Generic[AnyCell]):
         ]
         if num_open and not numbers and not self._members:
             raise ConfigError(
-                f"no cell can be started, tried {MAX_FAILED_STARTS} times each: "
+                f"no cell can be started, tried {MAX_FAILED_STARTS} times: "
                 f"{self._last_failure}; committed shards are safe"
             )
         taken = {member.number for member in self._members}

@@ -3,9 +3,12 @@
 The nodes are raylets of their own on this machine; clips, decoders, codecs and commits are real.
 """
 
+import errno
 import hashlib
 import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,19 +18,20 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.cells import RayCells, check_node
+from pipeline.cells import RayCells, check_node, lost_by
 from pipeline.cluster import connected, joined_cluster
 from pipeline.config import EncodeConfig, column_specs
 from pipeline.data_root import open_root
 from pipeline.driver import Driver, encode_shards
 from pipeline.encode import make_job
 from pipeline.fleet import Lost
+from pipeline.format import FormatError
 from pipeline.plan import ensure_plan
 from pipeline.plan_table import PlanTable
-from pipeline.pool import CellError
+from pipeline.pool import CellError, CellLostError
 from pipeline.request import Request
 from pipeline.settings import ConfigError, load
-from pipeline.shards import create_column
+from pipeline.shards import NoRoomError, create_column
 from pipeline.sources import open_source
 from pipeline.work import open_work
 from tests.pipeline.encoded import record_films
@@ -345,3 +349,52 @@ def test_gpus_that_this_machine_lacks_are_refused(clips, tmp_path):
 def test_addresses_that_lead_nowhere_are_said_at_once(address, words):
     with pytest.raises(ConfigError, match=words), joined_cluster(address):
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("EndpointConnectionError: no answer"),  # as object stores raise, without a number
+        OSError(errno.ESTALE, "stale file handle"),
+        ConnectionResetError("reset"),
+        TimeoutError("timed out"),
+        CellLostError("the GPU failed"),
+        RuntimeError("CUDA error"),
+    ],
+)
+def test_what_may_pass_costs_the_cell_only(error):
+    lost = lost_by(error)
+    assert str(error) in lost.reason and type(error).__name__ in lost.reason
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (CellError("decoders can't start"), ConfigError),
+        (NoRoomError("full"), NoRoomError),
+        (FormatError("damaged"), FormatError),
+        (PermissionError(errno.EACCES, "not yours"), PermissionError),
+        (ray.exceptions.ObjectStoreFullError("no room"), NoRoomError),
+        (ray.exceptions.OutOfDiskError("no room"), NoRoomError),
+    ],
+)
+def test_what_every_cell_would_meet_ends_the_run(error, raised):
+    with pytest.raises(raised):
+        lost_by(error)
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_is_said_with_what_to_lower(clips, tmp_path):
+    """Ray's memory monitor believes that the node is full, and ends whatever works there."""
+    command = [sys.executable, "-m", "pipeline.encode", "--src", clips, "--out", tmp_path / "out"]
+    ended = subprocess.run(
+        [*command, *SETTINGS],
+        env=os.environ | {"RAY_memory_usage_threshold": "0.001"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert ended.returncode == 1
+    assert "Ray's memory monitor ended the encoder" in ended.stderr
+    assert "lower window_mb, decoders or batch" in ended.stderr.splitlines()[-1]
