@@ -23,6 +23,7 @@ from pipeline.pool import MAX_CLIP_ATTEMPTS
 from pipeline.settings import ConfigError
 
 POLL_S = 1.0
+WAIT_NOTICE_S = 15.0  # without a place for any cell, before people are told
 # So many shards given up mean that it is not the shards' fault.
 MAX_GIVEN_UP = 3
 # A cell that was lost as often in a row before it said anything is not started again.
@@ -79,11 +80,10 @@ def complaint(given_up: Sequence[GivenUp]) -> str:
 
 @dataclass
 class _Member(Generic[AnyCell]):
-    """A cell of the run, and since when it is asked for, placed, heard from, getting on."""
+    """A cell of the run, since when it has a place, and when it was heard from and got on, last."""
 
     number: int
     cell: AnyCell
-    asked_at: float
     placed_at: float | None = None
     heard_at: float | None = None
     progress_at: float = 0.0
@@ -119,6 +119,7 @@ class Driver(Generic[AnyCell]):
         clip_s = MAX_CLIP_ATTEMPTS * (job.decode_timeout_s + job.fetch_timeout_s)
         self._no_progress_s = job.encode_timeout_s + clip_s
         self._placed_at = clock()  # when a cell had a node, last
+        self._told_waiting = False
 
     def run(self) -> list[GivenUp]:
         """Go on until every shard is committed or given up; return those given up."""
@@ -161,7 +162,7 @@ class Driver(Generic[AnyCell]):
         taken = {member.number for member in self._members}
         free = [number for number in numbers if number not in taken]
         for number in free[: max(0, num_open - len(self._members))]:
-            self._members.append(_Member(number, self._cells.start(number), self._clock()))
+            self._members.append(_Member(number, self._cells.start(number)))
         return num_open > 0
 
     def _give_out(self) -> None:
@@ -193,17 +194,20 @@ class Driver(Generic[AnyCell]):
     def _check_deadlines(self) -> None:
         now = self._clock()
         for member in list(self._members):
-            if member.placed_at is None and (member.heard_at or member.cell.is_placed()):
+            if member.placed_at is None and member.cell.is_placed():
                 member.placed_at = now
             if reason := self._overdue(member, now):
                 self._lose(member, reason)
         if not self._members or any(m.placed_at is not None for m in self._members):
-            self._placed_at = now
+            self._placed_at, self._told_waiting = now, False
         elif now - self._placed_at > self._cells.place_timeout_s:
             raise ConfigError(
                 f"no cell found a place in {self._cells.place_timeout_s:g} s: "
                 f"{self._cells.shortage()}; committed shards are safe"
             )
+        elif now - self._placed_at > WAIT_NOTICE_S and not self._told_waiting:
+            self._told_waiting = True
+            self._watch.event("waiting", reason=f"for a place: {self._cells.shortage()}")
 
     def _overdue(self, member: _Member[AnyCell], now: float) -> str | None:
         """Return why a cell counts as lost, or None."""

@@ -346,9 +346,10 @@ def test_a_cell_that_finds_its_place_late_joins_in():
 
 def test_no_place_for_any_cell_ends_the_run_with_what_is_asked_and_there():
     fleet = Fleet(2)
-    fleet.unplaced = {(0, 0), (1, 0)}
+    fleet.unplaced, watch = {(0, 0), (1, 0)}, Watch()
     with pytest.raises(ConfigError, match=r"no cell found a place in 120 s: asked is 9 CPUs"):
-        drive(fleet, 3)
+        drive(fleet, 3, watch)
+    assert watch.events == [("waiting", {"reason": f"for a place: {fleet.shortage()}"})]
     assert fleet.place_timeout_s < fleet.now < fleet.place_timeout_s + 5 * STEP_S
     assert not fleet.living
 
