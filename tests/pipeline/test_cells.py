@@ -17,6 +17,7 @@ import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.cells import RayCells, check_node, lost_by
 from pipeline.cluster import connected, joined_cluster
@@ -297,6 +298,28 @@ def test_two_drivers_on_one_data_set_do_no_harm(clips, quiet, cluster, nodes, tm
         "each shard by one of the two"
     )
     assert run.payloads() == quiet and run.temporaries() == []
+
+
+@pytest.mark.slow
+def test_a_run_waits_for_a_place_and_says_so(clips, quiet, cluster, nodes, tmp_path):
+    """Other work has all CPUs of both nodes, and leaves when the run has complained."""
+    run, watch = Run(clips, tmp_path / "out"), Watch()
+    with connected(run.job, run.config, cluster.address) as cells:
+        others = [placement_group([{"CPU": 2}], "STRICT_PACK") for _ in nodes]
+        assert all(other.wait(60) for other in others)
+
+        def leave(kind, **fields):
+            watch.events.append((kind, fields))
+            while kind == "waiting" and others:
+                remove_placement_group(others.pop())
+
+        watch.event = leave
+        assert Driver(cells, run.tasks(), run.job, watch).run() == []
+    kind, fields = watch.events[0]
+    assert kind == "waiting"
+    assert "asked is 2 CPUs and 0 GPUs on one node" in fields["reason"]
+    assert "of which 0 CPUs and 0 GPUs are free" in fields["reason"]
+    assert run.payloads() == quiet
 
 
 def test_a_node_that_does_not_see_the_data_set_ends_the_run_and_is_named(
