@@ -34,7 +34,7 @@ from pipeline.settings import ConfigError
 from pipeline.shards import create_column
 from pipeline.sources import Source, open_source
 from pipeline.sweep import one_line_errors
-from pipeline.work import Work, open_work, reopen_failed, restrict
+from pipeline.work import Work, open_work, reopen, restrict
 
 # Too many failures end the run before the last shard only once this many clips were tried.
 MIN_CLIPS_FOR_STOP = 1000
@@ -77,25 +77,27 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
     columns = {m: create_column(root, spec, plan.plan_id) for m, spec in specs.items()}
     if "text" in columns:
         copy_captions(root, plan, columns["text"].path)
-    if request.retry_failed:
-        reopen_failed(columns, request.retry_failed)
-    work = restrict(open_work(plan, columns), plan, request.shards, request.limit)
+    lacking = open_work(plan, columns, request.retry_failed)
+    work = restrict(lacking, plan, request.shards, request.limit)
     print(
         f"{plan.num_clips} clips of {source.root} ({plan.source['num_skipped']} other files "
         f"skipped), plan {plan.plan_id}; {len(work)} shards to encode",
         file=sys.stderr,
     )
-    given_up = None
+    lost = None
     if work:
-        run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
-        from pipeline.telemetry import Telemetry  # loads Ray
+        from pipeline.driver import complaint, encode_shards  # a finished run never loads Ray
+        from pipeline.telemetry import Telemetry
 
+        run_id = time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + secrets.token_hex(3)
         forget_settled(root / facts_directory(plan.plan_id, config))
         job = make_job(request, source, plan, run_id, specs, config)
         num_clips = sum(item.rows for item in work if not item.is_text)
         publish = Telemetry(run_id).publish
         with RunReport(root, run_id, plan, num_clips, len(work), config, publish) as report:
-            given_up = run(job, plan, work, config, request.address, report)
+            tasks = hand_out(work, PlanTable(root, plan), columns, request, config, report)
+            given_up = encode_shards(job, tasks, config, report, request.address)
+            lost = complaint(given_up) if given_up else None
             report.settled = settled = settle(plan, columns, root / job.facts, config)
     else:
         facts = root / facts_directory(plan.plan_id, config)
@@ -105,7 +107,7 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
         write_statistics(column, totals[column.path.name])
     num_shards = {c.path.name: len(plan.shard_rows(text=m == "text")) for m, c in columns.items()}
     print_table({name: (totals[name], num_shards[name]) for name in totals}, settled.flagged)
-    return given_up or settled.complaint or too_many_failed(totals, config)
+    return lost or settled.complaint or too_many_failed(totals, config)
 
 
 def refuse_out_in_source(request: Request, source: Source) -> None:
@@ -151,32 +153,24 @@ def make_job(
     )
 
 
-def run(
-    job: Job,
-    plan: fmt.Plan,
+def hand_out(
     work: list[Work],
+    table: PlanTable,
+    columns: dict[str, fmt.Column],
+    request: Request,
     config: EncodeConfig,
-    address: str | None,
     report: RunReport,
-) -> str | None:
-    """Give the shards to cells until all are committed.
-
-    Returns:
-        None, or which shards are not, and why.
+) -> Iterator[ShardTask]:
+    """Yield the shards as cells can take them; one to be retried is taken back only now.
 
     Raises:
-        ConfigError: too many clips fail, or no cell can be kept alive.
+        ConfigError: too many clips failed so far.
     """
-    from pipeline.driver import complaint, encode_shards  # a finished run never loads Ray
-
-    def tasks() -> Iterator[ShardTask]:
-        for item in work:
-            stop_if_too_many_failed(report, config.max_failed_share)
-            yield item.task(table)
-
-    table = PlanTable(open_root(job.root), plan)
-    given_up = encode_shards(job, tasks(), config, report, address)
-    return complaint(given_up) if given_up else None
+    for item in work:
+        stop_if_too_many_failed(report, config.max_failed_share)
+        if request.retry_failed:
+            reopen(item, columns, request.retry_failed)
+        yield item.task(table)
 
 
 def settle(

@@ -111,7 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--limit",
         type=positive,
         metavar="N",
-        help="encode no more shards than hold N clips: to try things out; run again for the rest",
+        help="encode as many whole shards as it takes to hold N clips (and all captions): to try "
+        "things out; run again for the rest",
     )
     add("--address", help="of a Ray cluster, such as auto; default: start Ray on this machine")
     add(

@@ -40,21 +40,38 @@ class Work:
         return ShardTask(self.shard, self.modalities, clips=table.clips(self.shard))
 
 
-def open_work(plan: fmt.Plan, columns: dict[str, fmt.Column]) -> list[Work]:
+def open_work(
+    plan: fmt.Plan, columns: dict[str, fmt.Column], retry: frozenset[str] = frozenset()
+) -> list[Work]:
     """Return all that lacks a commit, captions first.
 
     Args:
         plan: head of the plan.
         columns: by modality.
+        retry: shards with clips that failed in one of these ways count as lacking one; they keep
+            theirs until `reopen`.
     """
-    committed = {modality: column.committed_shards() for modality, column in columns.items()}
+    done = {
+        modality: {
+            shard
+            for shard in column.committed_shards()
+            if not (retry and has_failed(column, shard, retry))
+        }
+        for modality, column in columns.items()
+    }
     found = []
     for kind in (("text",), CLIP_MODALITIES):
         wanted = [modality for modality in kind if modality in columns]
         for shard, rows in enumerate(plan.shard_rows(text=kind == ("text",)).tolist()):
-            if missing := tuple(m for m in wanted if shard not in committed[m]):
+            if missing := tuple(m for m in wanted if shard not in done[m]):
                 found.append(Work(shard, missing, rows))
     return found
+
+
+def has_failed(column: fmt.Column, shard: int, statuses: frozenset[str]) -> bool:
+    """Return whether a shard is committed and holds a clip that failed in one of the ways."""
+    record = column.commit(shard)
+    return record is not None and bool(statuses & set(record["status_counts"]))
 
 
 def parse_shards(text: str) -> list[range]:
@@ -119,12 +136,11 @@ def parse_statuses(text: str) -> frozenset[str]:
     return names or FAILED
 
 
-def reopen_failed(columns: dict[str, fmt.Column], statuses: frozenset[str]) -> None:
-    """Take back the commits of all shards that hold a clip failed with one of the statuses.
+def reopen(item: Work, columns: dict[str, fmt.Column], statuses: frozenset[str]) -> None:
+    """Take back the commits of a shard that hold a clip failed with one of the statuses.
 
     What was found in a failed clip does not count anyway: see ``pipeline.checks.is_settled``.
     """
-    for column in columns.values():
-        for shard in sorted(column.committed_shards()):
-            if statuses & set(column.committed(shard)["status_counts"]):
-                take_back(column, shard)
+    for column in (columns[modality] for modality in item.modalities):
+        if has_failed(column, item.shard, statuses):
+            take_back(column, item.shard)

@@ -14,7 +14,7 @@ from pipeline.jobs import ShardTask
 from pipeline.media import Clip, ClipError, Decoded
 from pipeline.mux import write_mp4
 from pipeline.settings import load
-from pipeline.work import FAILED, reopen_failed
+from pipeline.work import FAILED, open_work, reopen
 from tests.pipeline.pools import InProcessPool, mailbox_of, make_job
 
 SETTINGS = ["video.size=64", "clip.seconds=2"]
@@ -72,6 +72,10 @@ class Run:
                 self.messages |= {failed.key: failed.message for failed in news.failed}
         return {m: self.statuses(column) for m, column in self.columns.items()}
 
+    def reopen_failed(self):
+        for item in open_work(self.plan, self.columns, FAILED):
+            reopen(item, self.columns, FAILED)
+
     def committed(self, column):
         return column.path.exists() and 0 in column.committed_shards()
 
@@ -103,7 +107,7 @@ def test_facts_of_what_was_missing_are_measured_when_it_is_there(tmp_path):
     assert run.encode("columns=[audio]", still) == {"audio": ["ok", "still"]}
     assert run.fact("status") == ["ok", "still"]
     assert run.encode("columns=[video]", still) == {"video": ["ok", "missing"]}, "until asked for"
-    reopen_failed(run.columns, FAILED)
+    run.reopen_failed()
     assert run.encode("columns=[video]", still) == {"video": ["ok", "still"]}
     assert run.fact("status") == ["ok", "still"]
 
@@ -117,7 +121,7 @@ def test_clip_that_was_cut_is_encoded_when_it_is_mended(tmp_path):
     (run.media / "x.mp4").write_bytes(whole[: len(whole) // 2])
     assert run.encode()["video"] == ["ok", "truncated"]
     (run.media / "x.mp4").write_bytes(whole)
-    reopen_failed(run.columns, FAILED)
+    run.reopen_failed()
     assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
     assert run.fact("status") == ["ok", "ok"]
 
@@ -183,7 +187,7 @@ def test_only_failed_clips_are_decoded_again(tmp_path):
     (tmp_path / "x.mp4").rename(run.media / "x.mp4")
     for name in ("a", "b"):
         (run.media / f"{name}.mp4").rename(tmp_path / f"{name}.mp4")
-    reopen_failed(run.columns, FAILED)
+    run.reopen_failed()
     assert run.encode() == {"video": ["ok"] * 3, "audio": ["ok"] * 3}
     assert run.decoded == [("x", {"video", "audio"})]
     assert not list(run.root.rglob(".*"))
@@ -211,7 +215,7 @@ def test_codec_that_failed_over_sound_costs_no_picture_again(tmp_path, monkeypat
 
     monkeypatch.setattr(LogmelAudio, "encode", fail_once)
     assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "encode_error"]}
-    reopen_failed(run.columns, FAILED)
+    run.reopen_failed()
     assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
     assert run.decoded == [("x", {"audio"})]
 
@@ -222,7 +226,7 @@ def test_rows_that_are_damaged_are_encoded_again(tmp_path, damage):
     run.film("a")
     run.encode()
     run.film("x", seed=1)
-    reopen_failed(run.columns, FAILED)
+    run.reopen_failed()
     folder = run.columns["video"].path
     path = {"payload": "000000.tar", "index": "000000.idx.npy", "tar is gone": "000000.tar"}.get(
         damage, ".000000.reopened.tmp"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pipeline import format as fmt
 from pipeline.request import parse
 from pipeline.settings import ConfigError
-from pipeline.work import FAILED, Work, open_work, parse_shards, reopen_failed, restrict
+from pipeline.work import FAILED, Work, open_work, parse_shards, reopen, restrict
 
 
 def plan_of(num_clips, num_captions, shard_size=4):
@@ -85,13 +85,21 @@ def test_ranges_that_are_none_are_said(text):
         parse_shards(text)
 
 
-def test_only_shards_with_failures_of_the_kind_are_opened_again(tmp_path):
+def test_only_shards_with_failures_of_the_kind_are_encoded_again(tmp_path):
     commits = {0: {"ok": 4}, 1: {"ok": 3, "missing": 1}, 2: {"silent": 4}, 3: {"unreadable": 1}}
-    columns = {"video": column_of(tmp_path, "video", commits)}
-    reopen_failed(columns, frozenset({"missing"}))
+    columns, plan = {"video": column_of(tmp_path, "video", commits)}, plan_of(13, 1)
+
+    def open_shards(retry):
+        return [item.shard for item in open_work(plan, columns, retry)]
+
+    assert open_shards(frozenset()) == []
+    assert open_shards(frozenset({"missing"})) == [1]
+    assert open_shards(FAILED) == [1, 3], "a verdict is no failure"
+    assert columns["video"].committed_shards() == {0, 1, 2, 3}, "they keep their commits until"
+    for item in open_work(plan, columns, FAILED):
+        reopen(item, columns, frozenset({"missing"}))
+        reopen(item, columns, frozenset({"missing"}))  # by another driver at the same time
     assert columns["video"].committed_shards() == {0, 2, 3}
-    reopen_failed(columns, FAILED)
-    assert columns["video"].committed_shards() == {0, 2}, "a verdict is no failure"
 
 
 WORDS = ["--src", "a", "--out", "b"]
