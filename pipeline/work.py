@@ -13,6 +13,7 @@ from pipeline import format as fmt
 from pipeline.checks import DECISIONS
 from pipeline.jobs import ShardTask
 from pipeline.old_rows import take_back
+from pipeline.records import read_record
 from pipeline.plan_table import PlanTable
 from pipeline.settings import ConfigError
 
@@ -70,8 +71,8 @@ def open_work(
 
 def has_failed(column: fmt.Column, shard: int, statuses: frozenset[str]) -> bool:
     """Return whether a shard is committed and holds a clip that failed in one of the ways."""
-    record = column.commit(shard)
-    return record is not None and bool(statuses & set(record["status_counts"]))
+    record = read_record(column, shard)
+    return record is not None and bool(statuses & set(record.status_counts))
 
 
 def parse_shards(text: str) -> list[range]:

@@ -28,7 +28,14 @@ def column_of(root, modality, committed):
     folder = root / f"{modality}@test"
     folder.mkdir()
     for shard, statuses in committed.items():
-        record = {"plan_id": "0" * 8, "column": folder.name, "status_counts": statuses}
+        stem, rows = fmt.shard_name(shard), sum(statuses.values())
+        record = {
+            **{"plan_id": "0" * 8, "column": folder.name, "shard": shard, "keys_hash": ""},
+            **{"tar": f"{stem}.tar", "index": f"{stem}.idx.npy"},
+            **{"rows": rows, "ok": statuses.get("ok", 0), "status_counts": statuses},
+            **dict.fromkeys(("tar_bytes", "tar_crc32c", "index_crc32c"), 0),
+            "channels": {"count": 0, "sum": [], "sum_of_squares": []},
+        }
         (folder / f"{fmt.shard_name(shard)}.json").write_text(json.dumps(record))
     spec = fmt.ColumnSpec(modality, {"name": "test"}, {}, ("time", "channel"), 1.0, 0.0, True)
     return fmt.Column(folder, spec, "0" * 8)
