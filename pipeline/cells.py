@@ -44,6 +44,7 @@ from pipeline.layout import Layout, Node, describe_cell, describe_nodes
 from pipeline.pool import CellError
 from pipeline.settings import ConfigError
 from pipeline.shards import NoRoomError
+from pipeline.storage import scrubbed
 
 GET_TIMEOUT_S = 60.0  # of a few hundred bytes that are there
 # What another node, or the same in a minute, may not run into. Stores raise without a number.
@@ -227,7 +228,7 @@ def cluster_nodes() -> list[Node]:
 def lost_by(error: BaseException) -> Lost:
     """Return the loss of a cell whose code raised, or raise what ends the run."""
     if isinstance(error, CellError):
-        raise ConfigError(str(error)) from None
+        return Lost(str(error), is_sick=True)
     if isinstance(error, ObjectStoreFullError | OutOfDiskError):
         raise NoRoomError(
             f"Ray's shared memory and the disk it spills to are full ({type(error).__name__}): "
@@ -239,7 +240,7 @@ def lost_by(error: BaseException) -> Lost:
             raise error from None
     if isinstance(error, NoRoomError | FormatError | ConfigError):
         raise error from None
-    return Lost(f"{type(error).__name__}: {error}")
+    return Lost(scrubbed(error))
 
 
 def _reason(error: RayError) -> str:

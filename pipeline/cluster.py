@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import socket
@@ -15,7 +16,7 @@ from pipeline.cells import RayCells, cluster_nodes
 from pipeline.child import START_TIMEOUT_S
 from pipeline.config import EncodeConfig
 from pipeline.jobs import Job
-from pipeline.layout import cluster_layout, local_layout
+from pipeline.layout import cluster_layout, local_layout, store_bytes
 from pipeline.settings import ConfigError
 
 CONNECT_TIMEOUT_S = 10.0
@@ -30,8 +31,12 @@ def connected(job: Job, config: EncodeConfig, address: str | None) -> Iterator[R
     """
     if address is None:
         layout = local_layout(len(os.sched_getaffinity(0)), config)
-        store_bytes = int(2e6 * config.window_mb * layout.num_cells + 2e8)
-        with local_cluster(layout.num_cpus(config), store_bytes, config.metrics_port):
+        if config.metrics_port and not importlib.util.find_spec("prometheus_client"):
+            raise ConfigError(
+                "metrics_port: metrics need ray[default]; pip install -e '.[cluster]'"
+            )
+        room = store_bytes(layout.num_cells, config)
+        with local_cluster(layout.num_cpus(config), room, config.metrics_port):
             gpus = ray.cluster_resources().get("GPU", 0)
             if gpus < layout.num_cells * config.encoder_gpus:
                 raise ConfigError(

@@ -26,7 +26,8 @@ POLL_S = 1.0
 WAIT_NOTICE_S = 15.0  # without a place for any cell, before people are told
 # So many shards given up mean that it is not the shards' fault.
 MAX_GIVEN_UP = 3
-# A cell that was lost as often in a row before it said anything is not started again.
+# A cell that was lost as often before it said anything, or to a sick node, without a commit in
+# between, is not started again.
 MAX_FAILED_STARTS = 3
 
 
@@ -129,7 +130,7 @@ class Driver(Generic[AnyCell]):
                 for cell, news in self._cells.poll([m.cell for m in self._members], POLL_S):
                     member = next(m for m in self._members if m.cell is cell)
                     if isinstance(news, Lost):
-                        self._lose(member, news.reason)
+                        self._lose(member, news.reason, news.is_sick)
                     else:
                         self._hear(member, news)
                 self._check_deadlines()
@@ -177,7 +178,6 @@ class Driver(Generic[AnyCell]):
 
     def _hear(self, member: _Member[AnyCell], news: ShardUpdate) -> None:
         if member.heard_at is None:
-            self._failed_starts[member.number] = 0
             member.heard_at = self._clock()
             self._watch.event("cell_started", cell=member.cell.name)
             self._tell_cells()
@@ -189,6 +189,7 @@ class Driver(Generic[AnyCell]):
             member.progress_at = member.heard_at
         if lease is not None and news.event == "committed":
             member.leases.remove(lease)
+            self._failed_starts[member.number] = 0
         self._watch.update(replace(news, cell=member.cell.name))
 
     def _check_deadlines(self) -> None:
@@ -226,19 +227,19 @@ class Driver(Generic[AnyCell]):
             )
         return None
 
-    def _lose(self, member: _Member[AnyCell], reason: str) -> None:
+    def _lose(self, member: _Member[AnyCell], reason: str, is_sick: bool = False) -> None:
         """Give a lost cell's shards back; the next round starts another cell."""
         name = member.cell.name
         self._watch.event("cell_lost", cell=name, reason=reason)
-        if member.heard_at is None:
+        if is_sick or member.heard_at is None:
             self._failed_starts[member.number] += 1
             self._last_failure = f"{name}: {reason}"
-        guilty = blamed(member.leases) if member.leases else None
+        guilty = None if is_sick else blamed(member.leases)
         for lease in member.leases:
             if lease is guilty or lease.started:
                 self._watch.lost(lease.task.name, lease.task.attempt, reason, name)
         known = len(self._queue.given_up)
-        self._queue.give_back(member.leases, reason)
+        self._queue.give_back(member.leases, guilty, reason)
         for lost in self._queue.given_up[known:]:
             self._watch.event(
                 "given_up", shard=list(lost.task), attempts=lost.attempts, reason=lost.reason

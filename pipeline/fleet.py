@@ -11,9 +11,15 @@ from pipeline.jobs import ShardTask, ShardUpdate
 
 @dataclass(frozen=True)
 class Lost:
-    """News that a cell is no more."""
+    """News that a cell is no more.
+
+    Attributes:
+        reason: in one line.
+        is_sick: whether its node is to blame, and none of its shards.
+    """
 
     reason: str
+    is_sick: bool = False
 
 
 class Cell(Protocol):

@@ -43,7 +43,11 @@ def local_layout(num_cpus: int, config: EncodeConfig) -> Layout:
     """Lay cells out on this machine, which takes whatever the settings ask.
 
     More cells or decoders than CPUs share them; the operating system sees to that.
+
+    Raises:
+        ConfigError: GPUs can't be shared so.
     """
+    check_gpus(config)
     cells = config.cells or 1
     share = num_cpus // cells - config.encoder_cpus
     return Layout((config.decoders or max(1, share),) * cells)
@@ -59,10 +63,7 @@ def cluster_layout(nodes: Sequence[Node], config: EncodeConfig) -> Layout:
     Raises:
         ConfigError: no node holds a cell, and the settings don't say what will.
     """
-    if config.encoder_gpus > 1 and config.encoder_gpus % 1:
-        raise ConfigError(
-            f"encoder_gpus {config.encoder_gpus:g}: expected a share of one GPU or whole ones"
-        )
+    check_gpus(config)
     room = {node: _capacity(node, config) for node in nodes if _capacity(node, config)}
     if not room and not config.cells:
         raise ConfigError(
@@ -83,6 +84,26 @@ def cluster_layout(nodes: Sequence[Node], config: EncodeConfig) -> Layout:
     )
     smallest = decoders[-1] if decoders else config.decoders or 1
     return Layout((*decoders, *[smallest] * (config.cells - len(decoders))))
+
+
+def check_gpus(config: EncodeConfig) -> None:
+    """Check that ``encoder_gpus`` is what Ray can give out.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if config.encoder_gpus > 1 and config.encoder_gpus % 1:
+        raise ConfigError(
+            f"encoder_gpus {config.encoder_gpus:g}: expected a share of one GPU or whole ones"
+        )
+
+
+def store_bytes(num_cells: int, config: EncodeConfig) -> int:
+    """Return the shared memory of a node for its cells' frames.
+
+    Twice their windows, for what was freed leaves gaps into which no other clip may fit.
+    """
+    return int(2e6 * config.window_mb * num_cells + 2e8)
 
 
 def _capacity(node: Node, config: EncodeConfig) -> int:

@@ -64,9 +64,9 @@ class Lease:
         return news.event != "progress" or bool(news.statuses)
 
 
-def blamed(leases: Sequence[Lease]) -> Lease:
+def blamed(leases: Sequence[Lease]) -> Lease | None:
     """Return which of a lost cell's leases, oldest first, is to blame: the one being written."""
-    return next((lease for lease in leases if not lease.is_written), leases[0])
+    return next((lease for lease in leases if not lease.is_written), next(iter(leases), None))
 
 
 class Queue:
@@ -109,15 +109,14 @@ class Queue:
             return None
         return self._waiting.popleft()
 
-    def give_back(self, held: Sequence[Lease], reason: str) -> None:
-        """Take back what a lost cell had, blame one shard, and give that up at the last loss.
+    def give_back(self, held: Sequence[Lease], guilty: Lease | None, reason: str) -> None:
+        """Take back what a lost cell had; give the guilty shard up at its last loss.
 
         The attempt of each goes up, for the lost cell may live on, unseen, and write on.
         """
-        guilty = blamed(held).task.name if held else None
         for lease in reversed(held):
             task = lease.task
-            if task.name == guilty:
+            if lease is guilty:
                 reasons = self._reasons.setdefault(task.name, [])
                 reasons.append(reason)
                 if len(reasons) >= MAX_LOSSES:

@@ -390,10 +390,15 @@ def test_what_may_pass_costs_the_cell_only(error):
     assert str(error) in lost.reason and type(error).__name__ in lost.reason
 
 
+def test_a_sick_node_is_no_shard_s_fault_and_secrets_stay_out_of_reasons():
+    assert lost_by(CellError("decoders can't start")) == Lost("decoders can't start", is_sick=True)
+    lost = lost_by(RuntimeError("GET https://user:SECRET@host/x failed"))
+    assert "SECRET" not in lost.reason and not lost.is_sick
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [
-        (CellError("decoders can't start"), ConfigError),
         (NoRoomError("full"), NoRoomError),
         (FormatError("damaged"), FormatError),
         (PermissionError(errno.EACCES, "not yours"), PermissionError),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pipeline.layout import store_bytes
 from pipeline.request import parse
 from tests.pipeline.encoded import record_films
 
@@ -54,10 +55,10 @@ def test_the_ray_job_runs_a_command_that_is_understood(rayjob):
     cells = config.cells // 2  # of a node
     assert cells * config.encoder_gpus == float(limits["nvidia.com/gpu"])
     assert cells * (config.encoder_cpus + config.decoders) == int(limits["cpu"])
-    store_bytes = int(workers[0]["rayStartParams"]["object-store-memory"])
-    assert store_bytes >= cells * config.window_mb * 1e6 + 2e8
+    shared_bytes = int(workers[0]["rayStartParams"]["object-store-memory"])
+    assert shared_bytes >= store_bytes(cells, config)
     (memory,) = [v for v in workers[0]["template"]["spec"]["volumes"] if "emptyDir" in v]
-    assert int(memory["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30 >= store_bytes
+    assert int(memory["emptyDir"]["sizeLimit"].removesuffix("Gi")) * 2**30 >= shared_bytes
 
 
 def test_all_pods_have_the_media_the_credentials_and_the_image(rayjob):

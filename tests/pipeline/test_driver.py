@@ -87,6 +87,8 @@ class Script:
         behaviour = self.fleet.behaviour(self, task)
         if behaviour == "dies":
             return Lost("killed")
+        if behaviour == "sick":
+            return Lost("decoders can't start", is_sick=True)
         if behaviour == "silent":
             return None
         if behaviour == "stuck":
@@ -370,6 +372,28 @@ def test_no_cell_that_starts_ends_the_run_with_the_reason():
         drive(fleet, 9)
 
 
+def test_a_cell_that_turns_sick_costs_no_shard_an_attempt_and_is_left_out_at_last():
+    fleet, watch = Fleet(2, lambda cell, task: "sick" if cell.number == 1 else None), Watch()
+    assert drive(fleet, 9, watch) == []
+    assert sorted(fleet.committed) == names(range(9))
+    assert fleet.lives[1] == MAX_FAILED_STARTS
+    assert watch.losses == []
+    fleet = Fleet(2, lambda cell, task: "sick")
+    with pytest.raises(ConfigError, match=r"no cell can be started.*decoders can't start"):
+        drive(fleet, 9)
+
+
+def test_a_cell_that_commits_in_between_is_started_again():
+    """Five sick spells, each after a commit: none is a third one in a row."""
+
+    def behave(cell, task):
+        return "sick" if cell.life < 5 and len(fleet.committed) > 2 * cell.life else None
+
+    fleet = Fleet(1, behave)
+    assert drive(fleet, 15) == []
+    assert fleet.lives[0] == 6
+
+
 def test_a_cell_that_never_starts_is_late():
     fleet, watch = Fleet(1), Watch()
     with pytest.MonkeyPatch.context() as patch:
@@ -406,7 +430,9 @@ def test_interrupt_ends_all_cells():
 @given(
     num_cells=st.integers(1, 4),
     num_shards=st.integers(0, 12),
-    fates=st.lists(st.sampled_from(["dies", "silent", "stuck", None, None, None]), max_size=60),
+    fates=st.lists(
+        st.sampled_from(["dies", "silent", "stuck", "sick", None, None, None]), max_size=60
+    ),
 )
 def test_whatever_befalls_cells_every_shard_ends_in_one_way(num_cells, num_shards, fates):
     fate = iter(fates)
@@ -419,7 +445,11 @@ def test_whatever_befalls_cells_every_shard_ends_in_one_way(num_cells, num_shard
         return spell
 
     fleet = Fleet(num_cells, behave)
-    lost = drive(fleet, num_shards)
+    try:
+        lost = drive(fleet, num_shards)
+    except ConfigError:  # no cell was left
+        assert fates.count("sick") >= MAX_FAILED_STARTS * num_cells
+        return
     done = {shard for _, shard in fleet.committed}
     given_up = {one.task[1] for one in lost}
     if len(lost) < MAX_GIVEN_UP:

@@ -63,8 +63,11 @@ def test_cell_that_fits_nowhere_is_said_with_what_there_is():
 
 
 def test_gpus_are_not_split_unevenly():
+    config = EncodeConfig(encoder_gpus=1.5)
     with pytest.raises(ConfigError, match=r"encoder_gpus 1\.5"):
-        cluster_layout(gpu_nodes(1), EncodeConfig(encoder_gpus=1.5))
+        cluster_layout(gpu_nodes(1), config)
+    with pytest.raises(ConfigError, match=r"encoder_gpus 1\.5"):
+        local_layout(8, config)
 
 
 @given(
