@@ -17,15 +17,23 @@ import google_crc32c
 import numpy as np
 
 from pipeline import format as fmt
-from pipeline.files import read_range, write_atomically
+from pipeline.files import is_local, read_range, sync_folder, write_atomically
 from pipeline.records import RECORD_TYPE, record_path
 
 
 def take_back(column: fmt.Column, shard: int) -> None:
-    """Make a committed shard count as not encoded, but for its rows that are ok."""
+    """Make a shard count as not encoded, but for its rows that are ok.
+
+    One that is not committed stays so: another run may have taken it back at the same time.
+    """
     path = record_path(column, shard)
-    write_atomically(kept_path(column, shard), path.read_bytes())
-    path.unlink()
+    try:
+        write_atomically(kept_path(column, shard), path.read_bytes())
+        path.unlink()
+    except FileNotFoundError:
+        return
+    if is_local(path):
+        sync_folder(path.parent)  # before any file that the record names changes
 
 
 def kept_path(column: fmt.Column, shard: int) -> Path:
