@@ -24,6 +24,7 @@ from pipeline.checks import count_flags, facts_path, read_usable, shards_with_fa
 from pipeline.config import CheckSettings
 from pipeline.files import map_ahead
 from pipeline.old_rows import take_back
+from pipeline.publish import locked_folder
 from pipeline.shards import ShardWriter
 from pipeline.tables import read_parquet, write_parquet
 
@@ -62,6 +63,17 @@ def settle_duplicates(
     known = [shard for shard in shards_with_facts(folder) if shard < len(rows_per_shard)]
     if not clip_columns or not known:
         return Settled(Counter())
+    with locked_folder(folder):  # drivers that end together settle one after the other
+        return _settle(clip_columns, folder, checks, known, rows_per_shard)
+
+
+def _settle(
+    clip_columns: list[fmt.Column],
+    folder: Path,
+    checks: CheckSettings,
+    known: list[int],
+    rows_per_shard: list[int],
+) -> Settled:
     duplicates = find_duplicates(folder, known)
     if checks.duplicate == "flag":
         flagged = count_flags(folder, known, {})
@@ -254,7 +266,11 @@ def _drop_of_shard(column: fmt.Column, shard: int, keys: list[str], doomed: set[
                         f"{fmt.shard_name(shard)}.json beside it and run the same command again"
                     )
                 writer.add(key, _array(column, payload, index["shape"][row]))
-        writer.commit(record, replacing=True)
+        if not writer.commit(record, replacing=True):
+            raise fmt.FormatError(
+                f"{path}: another run replaced this shard at the same time; run the same command "
+                "again when that has ended"
+            )
 
 
 def _array(column: fmt.Column, payload: bytes, padded_shape: np.ndarray) -> np.ndarray:

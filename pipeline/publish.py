@@ -4,7 +4,8 @@ A shard is its commit record. It is written last and never over another, so that
 wins and each later one is told so. Three ways lead there:
 
 - A local folder with locks: tar and index are renamed under a lock on the folder, then the record
-  is linked into place.
+  is linked into place. Writers on several nodes need locks that hold across these; locks of each
+  node's own (Lustre's ``localflock``) are not supported.
 - A local folder without (NFS refuses `flock` on folders): the same, but tar and index have the
   name of their attempt in theirs, for two writers may rename at once. The link decides.
 - An object store: tar and index are uploaded under names of their attempt, then the record is
@@ -63,7 +64,8 @@ class LocalShard:
         Args:
             index: content of the index.
             record: content of the commit record.
-            replacing: take the place of the record that is there.
+            replacing: take the place of the record that is there, unless another writer has
+                published since this one began.
 
         Returns:
             Whether this attempt's record is the shard's.
@@ -73,10 +75,11 @@ class LocalShard:
         write_durably(self._index, index)
         write_durably(self._new_record, record)
         with locked_folder(self._folder):
-            if replacing:
+            wins = self._owns_temporary() and (replacing or not self._record.exists())
+            if wins:
                 self._record.unlink(missing_ok=True)
                 sync_folder(self._folder)  # before any of its files changes
-            wins = not self._record.exists() and self._owns_temporary() and self._publish()
+                wins = self._publish()
             if self._has_locks and self._record.exists():  # a killed writer's files, or the losers'
                 for path in self._folder.glob(f".{self._record.stem}.*.tmp"):
                     path.unlink(missing_ok=True)
@@ -90,7 +93,7 @@ class LocalShard:
             path.unlink(missing_ok=True)
 
     def _owns_temporary(self) -> bool:
-        """Whether the name still leads to our file: the winner removes all others."""
+        """Whether the name still leads to our file: who publishes removes those of all others."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(self.tar.fileno()), self.place.stat())
         return False
@@ -107,7 +110,7 @@ class LocalShard:
             self._record.hardlink_to(self._new_record)
         sync_folder(self._folder)
         wins = os.path.samestat(self._record.stat(), self._new_record.stat())
-        if not wins:
+        if not wins and not self._has_locks:  # else they have the names of the winner's
             for path in (tar, index):
                 path.unlink()
         return wins

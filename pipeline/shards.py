@@ -120,7 +120,8 @@ class ShardWriter:
 
         Args:
             extra: more facts for the commit record: timings, versions, host.
-            replacing: take the place of the shard that is committed.
+            replacing: take the place of the shard that is committed, unless another writer has
+                published it since this one began.
 
         Returns:
             Whether this writer's shard is the one published.

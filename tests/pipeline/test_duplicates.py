@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipeline.duplicates import (
 )
 from pipeline.format import Column, FormatError
 from pipeline.media import Clip, Decoded
+from pipeline.shards import ShardWriter
 from tests.train.columns import Dataset
 
 DROP, FLAG = CheckSettings(duplicate="drop"), CheckSettings(duplicate="flag")
@@ -134,6 +136,19 @@ def test_flag_lists_them_and_touches_no_column(dataset):
     table = pq.read_table(dataset.root.parent / "facts" / "duplicates.parquet")
     assert pairs(table) == sorted(CONTENTS.items())
     assert contents_of(dataset.root) == before
+
+
+def test_drivers_that_settle_at_once_leave_what_one_does(dataset, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(settle, [dataset, dataset]))
+    assert [settled.complaint for settled in both] == [None, None]
+    assert contents_of(dataset.root) == never_encoded(dataset, tmp_path / "never")
+
+
+def test_shard_that_another_replaces_meanwhile_is_an_error(dataset, monkeypatch):
+    monkeypatch.setattr(ShardWriter, "commit", lambda *_, **__: False)
+    with pytest.raises(FormatError, match="another run replaced this shard"):
+        settle(dataset)
 
 
 def test_drop_leaves_the_bytes_and_sums_of_never_having_encoded_them(dataset, tmp_path):

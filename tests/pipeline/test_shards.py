@@ -308,6 +308,43 @@ def test_shard_replaces_the_one_that_is_committed(
     np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7) + np.float16(1))
 
 
+@pytest.mark.parametrize("locks", ["with locks", "without"])
+def test_two_who_replace_a_shard_at_once_leave_one_committed(
+    dataset: Dataset, column: Column, locks: str, request: pytest.FixtureRequest
+) -> None:
+    if locks == "without":
+        request.getfixturevalue("no_locks")
+    dataset.write_shard(column, 0, "one")
+    with ShardWriter(column, 0, "two") as two, ShardWriter(column, 0, "three") as three:
+        for row in dataset.rows("video", 0):
+            two.add(*row)
+            three.add(*row)
+        assert two.commit(replacing=True)
+        three_wins = three.commit(replacing=True)
+    assert three_wins == (locks == "without")
+    assert column.committed(0)["attempt"] == ("three" if three_wins else "two")
+    np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7))
+
+
+def test_loser_where_locks_do_not_hold_removes_nothing_that_the_record_names(
+    dataset: Dataset, column: Column, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", lambda *_: None)  # as if each node had its own
+    link = Path.hardlink_to
+
+    def link_late(path: Path, target: Path) -> None:
+        monkeypatch.setattr(Path, "hardlink_to", link)
+        mine = target.read_bytes()
+        assert dataset.write_shard(column, 0, "fast")
+        target.write_bytes(mine)  # the winner has not swept yet
+        link(path, target)
+
+    monkeypatch.setattr(Path, "hardlink_to", link_late)
+    assert not dataset.write_shard(column, 0, "slow")
+    assert column.committed(0)["attempt"] == "fast"
+    np.testing.assert_array_equal(read_row(column, 0, 7, 8), dataset.video(7))
+
+
 def test_rows_are_added_and_committed_in_different_threads(
     dataset: Dataset, column: Column
 ) -> None:
