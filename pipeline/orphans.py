@@ -1,8 +1,9 @@
 """What lies in a data set though no commit record names it: temporaries, losers' uploads, tars.
 
-A killed writer leaves its temporaries; a lost race leaves an upload on an object store; a commit
-that was taken back leaves its tar and index. ``pipeline.status`` lists them, ``pipeline.gc``
-removes them.
+A killed writer leaves its temporaries; a lost race or a record that was replaced leaves an upload
+on an object store. ``pipeline.status`` lists them, ``pipeline.gc`` removes them. What a commit
+that was taken back names is none of that until its shard is committed again: rows that are ok are
+copied from there, see ``pipeline.old_rows``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from typing import Any
 from pipeline import format as fmt
 from pipeline.captions import CAPTIONS_NAME
 from pipeline.files import scan
-from pipeline.records import CommitRecord
+from pipeline.records import RECORD_TYPE, CommitRecord
 
 # How our writers name what they have not published yet, and what only a record makes valid.
 TEMPORARY = re.compile(r"\.[A-Za-z0-9_.-]+\.tmp")
 SHARD_FILE = re.compile(r"(\d{6,})(\.[A-Za-z0-9_-]+)?\.(tar|idx\.npy)")
 RECORD = re.compile(r"(\d{6,})\.json")
+TAKEN_BACK = re.compile(r"\.(\d{6,})\.reopened\.tmp")
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ def temporaries(folder: Path) -> list[Found]:
     return all_files(folder, hidden)
 
 
+def taken_back_files(folder: Path, stem: str) -> set[str]:
+    """Return the names of what the record of a shard that was taken back leads to, and its own."""
+    kept = f".{stem}.reopened.tmp"
+    try:
+        record = RECORD_TYPE.validate_json((folder / kept).read_bytes())
+    except (FileNotFoundError, ValueError):  # pydantic's error is a ValueError
+        return set()
+    return {kept, record.tar, record.index}
+
+
 class ColumnFiles:
     """Tells the files of a column that its records name from the others.
 
@@ -102,6 +114,9 @@ class ColumnFiles:
         self.folder, self.there = folder, entries(folder)
         self._named = {"column.json", CAPTIONS_NAME}
         self._unreadable = set[str]()
+        for match in filter(None, map(TAKEN_BACK.fullmatch, self.there)):
+            if f"{match[1]}.json" not in self.there:
+                self._named |= taken_back_files(folder, match[1])
 
     def claim(self, shard: int, record: CommitRecord | None) -> None:
         """Take out what a shard's record names; all of the shard where it can't be read."""

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import format as fmt
 from pipeline.captions import CAPTIONS_NAME
 from pipeline.files import is_local, map_ahead, sync_folder
-from pipeline.orphans import SHARD_FILE, TEMPORARY, Found
+from pipeline.orphans import SHARD_FILE, TEMPORARY, Found, taken_back_files
 from pipeline.publish import locked_folder
 from pipeline.records import read_record
 from pipeline.sweep import progress_bar
@@ -167,8 +167,9 @@ def reason_to_keep(orphan: Orphan, min_age_s: float) -> str:
         record = read_record(orphan.column, int(shard[1]))
     except fmt.FormatError:
         return "its commit record can't be read"
-    is_named = record is not None and path.name in (record.tar, record.index)
-    return "committed meanwhile" if is_named else ""
+    if record is not None:
+        return "committed meanwhile" if path.name in (record.tar, record.index) else ""
+    return "taken back meanwhile" * (path.name in taken_back_files(path.parent, shard[1]))
 
 
 def remove_whole(holding: Holding, bar: Any) -> None:

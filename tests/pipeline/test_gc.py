@@ -14,8 +14,9 @@ import pytest
 
 from pipeline import gc, orphans, removal
 from pipeline.files import write_json
-from pipeline.format import FormatError, open_column, read_json
+from pipeline.format import Column, FormatError, open_column, read_json
 from pipeline.gc import collect
+from pipeline.old_rows import take_back
 from pipeline.orphans import temporaries
 from pipeline.publish import locked_folder
 from pipeline.shards import ShardWriter, create_column
@@ -221,6 +222,46 @@ def test_record_that_appears_after_the_listing_protects_its_files(dataset, video
     assert kept == dict.fromkeys(("000002.tar", "000002.idx.npy"), "committed meanwhile")
     column = open_column(dataset.root, video.name, dataset.plan.plan_id)
     assert len(column.index(2, 8)) == 8 and column.tar_path(2).exists()
+
+
+def test_shard_that_was_taken_back_keeps_what_its_rows_are_copied_from(dataset, video):
+    column = open_column(dataset.root, video.name, dataset.plan.plan_id)
+    take_back(column, 2)
+    make_older(dataset.root)
+    gone, listing = removed_by(dataset.root)
+    assert not gone and not listing.orphans
+    record = (video / ".000002.reopened.tmp").read_bytes()
+    (video / ".000002.reopened.tmp").write_bytes(record[:50])  # nothing can be copied by that
+    make_older(dataset.root)
+    gone, _ = removed_by(dataset.root)
+    kinds = (".000002.reopened.tmp", "000002.tar", "000002.idx.npy")
+    assert gone == {f"{video.name}/{name}" for name in kinds}
+
+
+def test_record_of_a_shard_taken_back_goes_once_it_is_committed_again(dataset, video):
+    column = open_column(dataset.root, video.name, dataset.plan.plan_id)
+    kept, record = video / ".000002.reopened.tmp", (video / "000002.json").read_bytes()
+    take_back(column, 2)
+    (video / "000002.json").write_bytes(record)
+    make_older(dataset.root)
+    assert removed_by(dataset.root)[0] == {str(kept.relative_to(dataset.root))}
+    assert column.tar_path(2).exists()
+
+
+def test_shard_taken_back_after_the_listing_keeps_its_files(dataset, video, monkeypatch):
+    column = open_column(dataset.root, video.name, dataset.plan.plan_id)
+    committed_shards = Column.committed_shards
+
+    def take_back_first(of):
+        if of == column:
+            take_back(column, 2)
+            make_older(dataset.root)
+        return committed_shards(of)
+
+    monkeypatch.setattr(Column, "committed_shards", take_back_first)
+    _, listing = removed_by(dataset.root)
+    kept = {orphan.found.path.name: orphan.kept for orphan in listing.orphans}
+    assert kept == dict.fromkeys(("000002.tar", "000002.idx.npy"), "taken back meanwhile")
 
 
 def test_file_written_after_the_listing_stays(dataset, video):
