@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from pipeline.jobs import FailedClip, Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, Decoded
 from pipeline.old_rows import open_old_rows
 from pipeline.pool import Item
+from pipeline.records import record_path
 from pipeline.shards import ShardWriter
 from pipeline.storage import MediaStore
 
@@ -75,18 +76,6 @@ class Row:
         return self.copied_bytes + (self.item.num_bytes if self.item else 0)
 
 
-@dataclass
-class _News:
-    """Counters of ``ShardUpdate``."""
-
-    statuses: Counter[str] = field(default_factory=Counter)
-    failed: tuple[FailedClip, ...] = ()
-    media_s: float = 0.0
-    decode_s: float = 0.0
-    encode_s: float = 0.0
-    write_s: float = 0.0
-
-
 class OpenShard:
     """The columns of a task, from their first row to their commit.
 
@@ -116,6 +105,7 @@ class OpenShard:
         self.started_s: float | None = None
         self._job, self._media, self._tickets = job, media, tickets
         self._facts_folder = root / job.facts
+        self._columns = [columns[modality] for modality in task.modalities]
         is_text = task.modalities == ("text",)
         keys = [clip.key for clip in task.clips] or list(map(caption_key, task.captions))
         opened = {m: open_old_rows(columns[m], task.shard, keys) for m in task.modalities}
@@ -129,7 +119,7 @@ class OpenShard:
         self._judged: deque[Row] = deque()  # and not written
         self._num_left = len(task.captions if is_text else task.clips)
         self._decode_s = self._encode_s = 0.0
-        self._news = _News()
+        self._news = self._no_news = ShardUpdate("progress", task=task.name)
         self._unread = self._caption_rows() if is_text else self._clip_rows()
         attempt = f"{job.run_id}-{task.attempt}"
         with ExitStack() as stack:
@@ -211,29 +201,13 @@ class OpenShard:
         """
         started = time.perf_counter()
         with self._stack:
-            extra = {
-                "run_id": self._job.run_id,
-                "host": platform.node(),
-                "seconds": round(self.seconds, 3),
-                "decode_s": round(self._decode_s, 3),
-                "encode_s": round(self._encode_s, 3),
-                "numpy": np.__version__,
-            }
-            if self.task.clips:
-                extra["facts"] = self._job.facts
-                if self._facts != self._stored:
-                    write_facts(self._facts_folder, self.task.shard, self._facts)
-            names = tuple(
-                self._job.columns[modality].directory
-                for modality, writer in self._writers.items()
-                if writer.commit(extra)
-            )
+            names = () if self._is_committed() else self._publish()
             for old in self._old.values():
                 old.forget()
-        news, self._news = self._news, _News()
-        news.write_s += time.perf_counter() - started
-        return ShardUpdate(
-            "committed", task=self.task.name, **vars(news), committed=names, seconds=self.seconds
+        news = self._take_news()
+        write_s = news.write_s + time.perf_counter() - started
+        return replace(
+            news, event="committed", write_s=write_s, committed=names, seconds=self.seconds
         )
 
     def close(self) -> None:
@@ -247,10 +221,38 @@ class OpenShard:
 
     def progress(self) -> ShardUpdate | None:
         """Return the news since the last call, if there are any."""
-        if not self._news.statuses:
-            return None
-        news, self._news = self._news, _News()
-        return ShardUpdate("progress", task=self.task.name, **vars(news))
+        return self._take_news() if self._news.statuses else None
+
+    def _take_news(self) -> ShardUpdate:
+        news, self._news = self._news, self._no_news
+        return news
+
+    def _is_committed(self) -> bool:
+        """Whether others committed all of it: this one is given up for lost, or is not alone.
+
+        Facts are of those that were first, too, for their columns were judged by them.
+        """
+        return all(record_path(c, self.task.shard).exists() for c in self._columns)
+
+    def _publish(self) -> tuple[str, ...]:
+        """Publish facts and columns; return the names of those committed."""
+        extra = {
+            "run_id": self._job.run_id,
+            "host": platform.node(),
+            "seconds": round(self.seconds, 3),
+            "decode_s": round(self._decode_s, 3),
+            "encode_s": round(self._encode_s, 3),
+            "numpy": np.__version__,
+        }
+        if self.task.clips:
+            extra["facts"] = self._job.facts
+            if self._facts != self._stored:
+                write_facts(self._facts_folder, self.task.shard, self._facts)
+        return tuple(
+            self._job.columns[modality].directory
+            for modality, writer in self._writers.items()
+            if writer.commit(extra)
+        )
 
     def _clip_rows(self) -> Iterator[Row]:
         """Decoders get no clip whose file is not there, or of which enough is known and kept."""
@@ -309,11 +311,12 @@ class OpenShard:
         self._decode_s += row.decode_s
         self._encode_s += row.encode_s
         news = self._news
-        news.statuses[status] += 1
-        if status != "ok":
-            news.failed += (FailedClip(row.key, status, message),)
-        if len(problems) < len(self._writers):
-            news.media_s += row.media_s
-        news.decode_s += row.decode_s
-        news.encode_s += row.encode_s
-        news.write_s += write_s
+        self._news = replace(
+            news,
+            statuses=news.statuses + Counter([status]),
+            failed=news.failed + (FailedClip(row.key, status, message),) * (status != "ok"),
+            media_s=news.media_s + row.media_s * (len(problems) < len(self._writers)),
+            decode_s=news.decode_s + row.decode_s,
+            encode_s=news.encode_s + row.encode_s,
+            write_s=news.write_s + write_s,
+        )
