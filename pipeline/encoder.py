@@ -12,15 +12,16 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import replace
 
 from pipeline.batching import Batcher, Encoded
 from pipeline.codecs import build_codec
 from pipeline.data_root import open_root
+from pipeline.format import open_column
 from pipeline.jobs import Job, ShardTask, ShardUpdate
 from pipeline.open_shard import OpenShard, Row
 from pipeline.pool import Pool
-from pipeline.shards import create_column
 
 HEARTBEAT_S = 5.0  # an encoder is never silent for longer, but in a codec
 UPDATE_S = 0.5  # between two updates on the progress of a shard
@@ -30,6 +31,16 @@ MAX_OPEN_SHARDS = 2
 # Rows that are made ready ahead of the encoder, and how many at a time: each may ask the disk.
 ROWS_AHEAD = 512
 ROWS_AT_ONCE = 64
+
+
+@contextmanager
+def naming(task: ShardTask) -> Iterator[None]:
+    """Have an error name the shard over which it was raised, in its attribute ``task``."""
+    try:
+        yield
+    except Exception as error:
+        vars(error)["task"] = task.name  # goes along where the error is sent to another process
+        raise
 
 
 class ShardEncoder:
@@ -45,7 +56,7 @@ class ShardEncoder:
         }
         self._root = open_root(job.root)
         self._columns = {
-            modality: create_column(self._root, spec, job.plan_id)
+            modality: open_column(self._root, spec.directory, job.plan_id)
             for modality, spec in job.columns.items()
         }
         self._tickets = itertools.count()
@@ -68,6 +79,9 @@ class ShardEncoder:
             NoRoomError: the disk is full; nothing of the shards not committed is published.
             OSError, FormatError: a shard can't be written.
             CellLostError: the GPU failed.
+
+        Where it was raised over one shard, such as one that is being committed while the next is
+        encoded, the error's attribute ``task`` is its ``ShardTask.name``.
         """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit") as committer:
             try:
@@ -98,9 +112,10 @@ class ShardEncoder:
         if task is None:
             self._is_last = True
             return
-        self._open.append(
-            OpenShard(self._job, task, self._root, self._columns, self._media, self._tickets)
-        )
+        with naming(task):
+            self._open.append(
+                OpenShard(self._job, task, self._root, self._columns, self._media, self._tickets)
+            )
 
     def _look_ahead(self) -> None:
         """Make rows ready, and give the decoders their clips."""
@@ -154,7 +169,9 @@ class ShardEncoder:
             self._write(shard)
 
     def _write(self, shard: OpenShard) -> None:
-        for row in shard.write():
+        with naming(shard.task):
+            written = shard.write()
+        for row in written:
             self._held_bytes -= row.held_bytes
             if row.item:
                 self._pool.release(row.item)
@@ -167,7 +184,9 @@ class ShardEncoder:
                 self._updates.append(update)
             self._commits.append((shard, committer.submit(shard.commit)))
         while self._commits and self._commits[0][1].done():
-            self._updates.append(self._commits[0][1].result())
+            shard, committed = self._commits[0]
+            with naming(shard.task):
+                self._updates.append(committed.result())
             self._commits.popleft()
 
     def _news(self) -> Iterator[ShardUpdate]:

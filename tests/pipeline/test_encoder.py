@@ -14,6 +14,7 @@ from pipeline.jobs import ShardTask
 from pipeline.media import Clip, ClipError, Decoded
 from pipeline.mux import write_mp4
 from pipeline.settings import load
+from pipeline.shards import create_column
 from pipeline.work import FAILED, open_work, reopen
 from tests.pipeline.pools import InProcessPool, mailbox_of, make_job
 
@@ -60,9 +61,7 @@ class Run:
             checks=config.checks,
         )
         self.facts, self.checks = self.root / job.facts, config.checks
-        self.columns = {
-            m: fmt.Column(self.root / spec.directory, spec, "plan") for m, spec in specs.items()
-        }
+        self.columns = {m: create_column(self.root, spec, "plan") for m, spec in specs.items()}
         lacking = tuple(m for m, column in self.columns.items() if not self.committed(column))
         self.decoded, self.messages = [], {}
         if lacking:
@@ -77,7 +76,7 @@ class Run:
             reopen(item, self.columns, FAILED)
 
     def committed(self, column):
-        return column.path.exists() and 0 in column.committed_shards()
+        return 0 in column.committed_shards()
 
     def statuses(self, column):
         index = column.index(0, len(self.clips))

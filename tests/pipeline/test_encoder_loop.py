@@ -1,9 +1,12 @@
 """The encoder's loop over shards: order, bytes in flight, batches, commits. No Ray, no media."""
 
+import errno
+import pickle
 import queue
 import tarfile
 import threading
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from pipeline.encoder import ShardEncoder
 from pipeline.format import ColumnSpec
 from pipeline.jobs import ShardTask
 from pipeline.media import Clip, Decoded
-from pipeline.shards import NoRoomError, ShardWriter
+from pipeline.shards import NoRoomError, ShardWriter, create_column
 from tests.pipeline.pools import InProcessPool, mailbox_of, make_job
 
 AXES = {"video": ("time", "channel"), "audio": ("time", "channel"), "text": ("token", "channel")}
@@ -78,6 +81,8 @@ class Bench:
             media_root=str(root),
             window_bytes=window_bytes,
         )
+        for spec in SPECS.values():
+            create_column(self.root, spec, self.job.plan_id)
         codec = MeanCodec(batch, self.batches)
         monkeypatch.setattr(encoder_module, "build_codec", lambda *_: codec)
         self.pool = InProcessPool(window_bytes, decode, seed=seed)
@@ -323,6 +328,38 @@ def test_late_writer_changes_nothing(bench):
     assert committed[("clips", 0)] == () and len(committed[("clips", 1)]) == 2
     assert {path: path.read_bytes() for path in before} == before
     assert late.left_over() == []
+
+
+def test_zombie_changes_neither_columns_nor_facts(bench):
+    """It hung when the shard was given to another, and finds less than that one did."""
+    zombie = bench(decode=lambda clip, wanted: Decoded.failed("decode_timeout", "it hung"))
+    task = zombie.task(0, [1.0] * 5)
+    news = zombie.encoder.run(mailbox_of(task))
+    assert next(news).event == "started"
+    it = bench()
+    it.run(replace(task, attempt=2))
+    before = {path: path.read_bytes() for path in it.root.glob("*@*/0*")}
+    assert {path.parent.name.partition("@")[0] for path in before} == {"facts", *CLIPS}
+    *_, last = news
+    assert (last.event, last.committed) == ("committed", ())
+    assert {path: path.read_bytes() for path in before} == before
+    assert it.left_over() == []
+
+
+def test_error_of_a_commit_names_its_shard_though_another_is_being_written(bench, monkeypatch):
+    begun = threading.Event()
+
+    def fail(self, *_):
+        assert begun.wait(60)
+        raise OSError(errno.EIO, "the store is gone")
+
+    monkeypatch.setattr(ShardWriter, "commit", fail)
+    it = bench()
+    with pytest.raises(OSError, match="the store is gone") as raised:
+        for news in it.encoder.run(mailbox_of(it.task(3, [1.0]), it.task(4, [1.0] * 3, first=3))):
+            if (news.event, news.task) == ("started", ("clips", 4)):
+                begun.set()
+    assert pickle.loads(pickle.dumps(raised.value)).task == ("clips", 3), "also on another node"
 
 
 def test_encoder_commits_without_waiting_for_more_and_gives_signs_of_life(bench, monkeypatch):
