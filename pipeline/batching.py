@@ -48,8 +48,9 @@ def encode_filled(codec: Codec, media: Sequence[Any], batch: int) -> list[np.nda
 class Batcher(Generic[Owner]):
     """Collects the clips of one modality by shape, and encodes them when a batch is full.
 
-    Where memory runs out, the batch is halved, for this and all that follow. A clip over which
-    the codec fails alone has status ``encode_error``; its neighbours don't notice.
+    Where memory runs out, the batch is halved, for this and all that follow: from then on latents
+    may differ in the last bits from what column.json's batch gives. A clip over which the codec
+    fails alone, be it for lack of memory, has status ``encode_error``; its neighbours don't notice.
 
     Attributes:
         batch: clips that the codec takes at once.
@@ -111,6 +112,8 @@ class Batcher(Generic[Owner]):
                     results += self._encode_all([one])
             else:
                 message = f"the {self._modality} codec failed over it alone: {_line(error)}"
+                if is_out_of_memory(error):
+                    message += "; free memory, and encode again with --retry-failed=encode_error"
                 results.append(Encoded(None, ("encode_error", message), seconds))
         return results
 

@@ -98,6 +98,7 @@ def test_clip_for_which_memory_runs_out_alone_is_named():
     status, message = found[0].problem
     assert status == "encode_error" and found[0].latent is None
     assert "audio codec failed over it alone: RuntimeError: CUDA out of memory" in message
+    assert message.endswith("encode again with --retry-failed=encode_error")
 
 
 @pytest.mark.parametrize("batch", [1, 4])
