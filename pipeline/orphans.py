@@ -128,7 +128,7 @@ class ColumnFiles:
             self._named |= {record.tar, record.index}
 
     def orphans(self) -> list[Found]:
-        """Return what no record names, sorted by name."""
-        names = self.there.keys() - self._named
+        """Return what no record names, sorted by name; a record taken back meanwhile is gone."""
+        names = {name for name in self.there.keys() - self._named if not RECORD.fullmatch(name)}
         left = {name for name in names if name.partition(".")[0] not in self._unreadable}
         return all_files(self.folder, {name: self.there[name] for name in left})
