@@ -44,6 +44,20 @@ VERSION_FIELDS = frozenset(
 )
 # How object stores say that they or a bucket's quota are full; no standard has a code for it.
 FULL = re.compile(r"quota|storage ?full|insufficient ?storage|no space|free drive", re.IGNORECASE)
+# Where messages hold credentials: before a host (a key pasted in may have slashes), in what follows
+# the ? of an address, and as the value of whatever is called a token or the like.
+CREDENTIALS = (
+    (re.compile(r"//(?:[^\s@/]*:[^\s@]*|[^\s@/]*)@"), "//"),
+    (re.compile(r"[?][^\s'\"<>]+"), "?…"),
+    (
+        re.compile(
+            r"""(x-amz-[\w-]+|\b(?:[\w-]*(?:signature|token|secret|password)|sig|authorization|"""
+            r"""accountkey)\b)(['"]?\s*[=:]\s*)(?:bearer\s+|basic\s+)?['"]?[^\s'"&,;<>]+""",
+            re.IGNORECASE,
+        ),
+        r"\1\2…",
+    ),
+)
 # Between attempts when the network fails; file systems such as s3fs try again themselves, too.
 PAUSES_S = (0.5, 1.0)
 # Decoders must stay small: what one request brings is held in memory.
@@ -57,7 +71,9 @@ Result = TypeVar("Result")
 def scrubbed(error: BaseException) -> str:
     """Return an error's first line, without the credentials that a URL in it may hold."""
     line = next(iter(str(error).splitlines()), "")
-    return re.sub(r"//[^@\s]*@", "//", f"{type(error).__name__}: {line}"[:300])
+    for pattern, kept in CREDENTIALS:
+        line = pattern.sub(kept, line)
+    return f"{type(error).__name__}: {line}"[:300]
 
 
 def attempt(call: Callable[[], Result]) -> Result:

@@ -17,7 +17,7 @@ from pipeline.folders import UriError, check_uri, normal_root, uri_below
 from pipeline.media import ClipError
 from pipeline.settings import ConfigError
 from pipeline.sources import open_source
-from pipeline.storage import MediaStore, open_folder
+from pipeline.storage import MediaStore, open_folder, scrubbed
 from tests.pipeline.listed import read
 from tests.pipeline.servers import http_server, s3_bucket
 
@@ -76,6 +76,32 @@ def test_url_with_a_secret_is_refused_and_not_repeated(address):
     with pytest.raises(UriError) as error:
         uri_below("s3://bucket", address)
     assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "can't reach https://user:SECRET@host/x",
+        "can't reach s3://AKIAKEY:SE/SECRET@bucket/x",
+        "can't reach https://SECRET@host/x",
+        "x" * 280 + " https://user:SECRET" + "y" * 100 + "@host/x",
+        "403, url='https://host/a.mp4?X-Amz-Credential=SECRET&X-Amz-Signature=SECRET'",
+        "https://host/a?sv=2024&sig=SECRET%3D (denied)",
+        "{'X-Amz-Security-Token': 'SECRET', 'x': 1}",
+        "refused: X-Amz-Signature=SECRET&x=1",
+        "refused: sig=SECRET",
+        "refused: aws_secret=SECRET, session_token: SECRET",
+        "Authorization: Bearer SECRET",
+        "AccountKey=SECRET;Endpoint=core.windows.net",
+    ],
+)
+def test_message_is_told_without_credentials(text):
+    assert "SECRET" not in scrubbed(OSError(text)) and "OSError: " in scrubbed(OSError(text))
+
+
+def test_message_without_credentials_stays():
+    text = "s3://data/out/video@dct-12345678/000000.tar: no answer from http://host:9000/data"
+    assert scrubbed(OSError(text)) == f"OSError: {text}"
 
 
 @pytest.mark.parametrize(
