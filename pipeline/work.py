@@ -13,8 +13,8 @@ from pipeline import format as fmt
 from pipeline.checks import DECISIONS
 from pipeline.jobs import ShardTask
 from pipeline.old_rows import take_back
-from pipeline.records import read_record
 from pipeline.plan_table import PlanTable
+from pipeline.records import read_record
 from pipeline.settings import ConfigError
 
 CLIP_MODALITIES = ("video", "audio")

@@ -30,9 +30,15 @@ def column_of(root, modality, committed):
     for shard, statuses in committed.items():
         stem, rows = fmt.shard_name(shard), sum(statuses.values())
         record = {
-            **{"plan_id": "0" * 8, "column": folder.name, "shard": shard, "keys_hash": ""},
-            **{"tar": f"{stem}.tar", "index": f"{stem}.idx.npy"},
-            **{"rows": rows, "ok": statuses.get("ok", 0), "status_counts": statuses},
+            "plan_id": "0" * 8,
+            "column": folder.name,
+            "shard": shard,
+            "keys_hash": "",
+            "tar": f"{stem}.tar",
+            "index": f"{stem}.idx.npy",
+            "rows": rows,
+            "ok": statuses.get("ok", 0),
+            "status_counts": statuses,
             **dict.fromkeys(("tar_bytes", "tar_crc32c", "index_crc32c"), 0),
             "channels": {"count": 0, "sum": [], "sum_of_squares": []},
         }
