@@ -240,7 +240,7 @@ def lost_by(error: BaseException) -> Lost:
             raise error from None
     if isinstance(error, NoRoomError | FormatError | ConfigError):
         raise error from None
-    return Lost(scrubbed(error))
+    return Lost(scrubbed(error), task=getattr(error, "task", None))
 
 
 def _reason(error: RayError) -> str:

@@ -130,7 +130,7 @@ class Driver(Generic[AnyCell]):
                 for cell, news in self._cells.poll([m.cell for m in self._members], POLL_S):
                     member = next(m for m in self._members if m.cell is cell)
                     if isinstance(news, Lost):
-                        self._lose(member, news.reason, news.is_sick)
+                        self._lose(member, news)
                     else:
                         self._hear(member, news)
                 self._check_deadlines()
@@ -198,7 +198,7 @@ class Driver(Generic[AnyCell]):
             if member.placed_at is None and member.cell.is_placed():
                 member.placed_at = now
             if reason := self._overdue(member, now):
-                self._lose(member, reason)
+                self._lose(member, Lost(reason))
         if not self._members or any(m.placed_at is not None for m in self._members):
             self._placed_at, self._told_waiting = now, False
         elif now - self._placed_at > self._cells.place_timeout_s:
@@ -227,14 +227,14 @@ class Driver(Generic[AnyCell]):
             )
         return None
 
-    def _lose(self, member: _Member[AnyCell], reason: str, is_sick: bool = False) -> None:
+    def _lose(self, member: _Member[AnyCell], news: Lost) -> None:
         """Give a lost cell's shards back; the next round starts another cell."""
-        name = member.cell.name
+        name, reason = member.cell.name, news.reason
         self._watch.event("cell_lost", cell=name, reason=reason)
-        if is_sick or member.heard_at is None:
+        if news.is_sick or member.heard_at is None:
             self._failed_starts[member.number] += 1
             self._last_failure = f"{name}: {reason}"
-        guilty = None if is_sick else blamed(member.leases)
+        guilty = None if news.is_sick else blamed(member.leases, news.task)
         for lease in member.leases:
             if lease is guilty or lease.started:
                 self._watch.lost(lease.task.name, lease.task.attempt, reason, name)

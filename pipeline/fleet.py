@@ -16,10 +16,12 @@ class Lost:
     Attributes:
         reason: in one line.
         is_sick: whether its node is to blame, and none of its shards.
+        task: of the shard over which it was lost, where that is known.
     """
 
     reason: str
     is_sick: bool = False
+    task: tuple[str, int] | None = None
 
 
 class Cell(Protocol):

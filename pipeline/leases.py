@@ -64,8 +64,15 @@ class Lease:
         return news.event != "progress" or bool(news.statuses)
 
 
-def blamed(leases: Sequence[Lease]) -> Lease | None:
-    """Return which of a lost cell's leases, oldest first, is to blame: the one being written."""
+def blamed(leases: Sequence[Lease], named: Name | None) -> Lease | None:
+    """Return which of a lost cell's leases, oldest first, is to blame.
+
+    The one that the cell named; else the one being written, or, where all are written, the one
+    that waits longest for its commit.
+    """
+    for lease in leases:
+        if lease.task.name == named:
+            return lease
     return next((lease for lease in leases if not lease.is_written), next(iter(leases), None))
 
 

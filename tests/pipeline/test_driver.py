@@ -93,6 +93,8 @@ class Script:
             return None
         if behaviour == "stuck":
             return ShardUpdate("alive")
+        if isinstance(behaviour, Lost):
+            return behaviour
         if isinstance(behaviour, Exception):
             raise behaviour
         self.rows += 1
@@ -274,6 +276,20 @@ def test_a_shard_that_waits_for_its_commit_is_not_blamed():
     assert drive(fleet, 2, watch) == []
     assert sorted(fleet.committed) == names([0, 1])
     assert watch.losses == [(("clips", 1), 1, "killed", "node-0/0")]
+
+
+def test_the_shard_that_a_cell_names_is_blamed():
+    """A commit fails while the next shard is being written, every time."""
+
+    def behave(cell, task):
+        failing = cell.rows == ROWS and task.shard == 2
+        return Lost("no answer", task=task.name) if failing else None
+
+    fleet, watch = Fleet(1, behave), Watch()
+    (lost,) = drive(fleet, 6, watch)
+    assert lost.task == ("clips", 2)
+    assert sorted(fleet.committed) == names([0, 1, 3, 4, 5])
+    assert {loss[0] for loss in watch.losses} == {("clips", 2)}
 
 
 def test_many_given_up_end_the_run():
