@@ -162,11 +162,6 @@ class DecoderPool:
         """Tell the pool that frames and sound of an item are no longer held."""
         self._line.release(item)
 
-    def close(self) -> None:
-        """End the decoders."""
-        for lane in self._lanes:
-            ray.kill(lane.actor)
-
     def _start(self, number: int) -> _Lane:
         strategy = PlacementGroupSchedulingStrategy(
             self._group, placement_group_bundle_index=1 + number

@@ -14,7 +14,7 @@ MAX_CLIP_ATTEMPTS = 2
 
 
 class CellError(Exception):
-    """No cell can be kept alive: its decoders can't start."""
+    """A cell can't be kept alive: its decoders don't start, or its node lacks the data set."""
 
 
 class CellLostError(Exception):

@@ -125,8 +125,8 @@ def make_pool(group, tmp_path, monkeypatch):
         return pools[-1]
 
     yield make
-    for pool in pools:
-        pool.close()
+    for lane in (lane for pool in pools for lane in pool._lanes):
+        ray.kill(lane.actor)
 
 
 def clips_of(*behaviours):
