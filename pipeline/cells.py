@@ -36,6 +36,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from pipeline.config import EncodeConfig
 from pipeline.data_root import open_root
 from pipeline.decoders import DecoderPool
+from pipeline.files import NoRoomError
 from pipeline.fleet import Lost
 from pipeline.folders import URL
 from pipeline.format import FormatError, read_plan
@@ -43,7 +44,6 @@ from pipeline.jobs import Job, ShardTask, ShardUpdate
 from pipeline.layout import Layout, Node, describe_cell, describe_nodes
 from pipeline.pool import CellError
 from pipeline.settings import ConfigError
-from pipeline.shards import NoRoomError
 from pipeline.storage import scrubbed
 
 GET_TIMEOUT_S = 60.0  # of a few hundred bytes that are there

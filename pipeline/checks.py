@@ -19,7 +19,6 @@ from pipeline import format as fmt
 from pipeline.config import DECODER_VERSION, THRESHOLDS, CheckSettings, EncodeConfig
 from pipeline.files import map_ahead, scan
 from pipeline.media import Clip, Decoded
-from pipeline.shards import naming_a_full_disk
 from pipeline.tables import read_parquet, write_parquet
 
 FACTS_SCHEMA = pa.schema(
@@ -218,9 +217,7 @@ def facts_row(row: int, clip: Clip, decoded: Decoded) -> dict[str, Any]:
 def write_facts(folder: Path, shard: int, rows: list[dict[str, Any]]) -> None:
     """Write a shard's facts; a reader sees the whole file or none."""
     folder.mkdir(exist_ok=True)
-    path = facts_path(folder, shard)
-    with naming_a_full_disk(path):
-        write_parquet(path, pa.Table.from_pylist(rows, FACTS_SCHEMA))
+    write_parquet(facts_path(folder, shard), pa.Table.from_pylist(rows, FACTS_SCHEMA))
 
 
 def read_facts(folder: Path, shard: int) -> list[dict[str, Any]] | None:

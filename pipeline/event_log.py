@@ -7,23 +7,20 @@ from time to time, in a thread of its own, so that the driver never waits for it
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import is_local
+from pipeline.files import is_local, naming_a_full_disk
 from pipeline.format import FormatError
-from pipeline.shards import naming_a_full_disk
 from pipeline.storage import scrubbed
 
-LOG = logging.getLogger(__name__)
 UPLOAD_INTERVAL_S = 60.0
-# The file goes up whole every time: a long run's takes no more than a 20th of a core for that.
+# The file goes up whole every time: of a long run's time no more than this goes into uploads.
 UPLOAD_SHARE = 0.05
 
 
@@ -32,10 +29,11 @@ class EventLog:
 
     Args:
         path: local, or on an object store.
+        note: told of uploads that fail, and are tried again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, note: Callable[[str], None]) -> None:
+        self._path, self._note = path, note
         self._is_local = is_local(path)
         if self._is_local:
             self._file = path.open("a", encoding="utf-8")
@@ -48,9 +46,14 @@ class EventLog:
             self._next_upload_s = time.monotonic() + UPLOAD_INTERVAL_S
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append an event; readers see it after ``flush``."""
+        """Append an event; readers see it after ``flush``.
+
+        Raises:
+            NoRoomError: the disk is full.
+        """
         record = {"time": round(time.time(), 3), "event": event, **fields}
-        self._file.write(json.dumps(record) + "\n")
+        with naming_a_full_disk(Path(self._file.name)):
+            self._file.write(json.dumps(record) + "\n")
 
     def flush(self) -> None:
         """Hand on what was written; upload it where that is due.
@@ -73,7 +76,7 @@ class EventLog:
             self._flush_file()
             if not self._is_local:
                 self._uploader.shutdown()
-                with Path(self._file.name).open("rb") as file:
+                with naming_a_full_disk(self._path), Path(self._file.name).open("rb") as file:
                     self._remote.upload(file)
         finally:
             with naming_a_full_disk(Path(self._file.name)):
@@ -87,7 +90,7 @@ class EventLog:
         if time.monotonic() < self._next_upload_s or not self._uploaded.done():
             return
         if error := self._uploaded.exception():  # this upload, or that of close(), has it all
-            LOG.warning("%s: %s; trying again", self._path, scrubbed(error))
+            self._note(f"{self._path}: {scrubbed(error)}; trying again")
         self._uploaded = self._uploader.submit(self._upload)
 
     def _upload(self) -> None:

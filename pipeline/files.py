@@ -7,9 +7,11 @@ the same way. What a local disk and an object store do differently is told apart
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,14 +26,50 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+class NoRoomError(Exception):
+    """The disk or the object store, or a quota on it, is full."""
+
+
 def is_local(path: Path) -> bool:
     """Return whether a path is on a file system of this machine, with renames, links and locks."""
     return isinstance(path, PurePath)
 
 
+def spool_folder() -> Path:
+    """Return where files for an object store wait on the local disk until they are uploaded."""
+    return Path(tempfile.gettempdir())
+
+
+@contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Turn "no space left" into a `NoRoomError` that says where and how to go on.
+
+    Args:
+        path: what the block writes; a local folder for nameless files in it.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason, what = str(error.strerror), f"{path}"
+        if is_local(path):
+            folder = path if path.is_dir() else path.parent
+            what = f"into {path}" if folder == path else what
+            reason += f"; {shutil.disk_usage(folder).free:,} bytes free"
+        raise NoRoomError(
+            f"no room to write {what} ({reason}); make room and run the same command again, "
+            "committed shards are kept"
+        ) from error
+
+
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a local file and wait until it is on the disk."""
-    with path.open("wb") as file:
+    """Write a local file and wait until it is on the disk.
+
+    Raises:
+        NoRoomError: that is full.
+    """
+    with naming_a_full_disk(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -41,9 +79,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part.
 
     An object store does so by itself.
+
+    Raises:
+        NoRoomError: there is no room for it.
     """
     if not is_local(path):
-        path.write_bytes(data)
+        with naming_a_full_disk(path):
+            path.write_bytes(data)
         return
     with writing(path) as file:
         file.write(data)
@@ -54,13 +96,24 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """Write a file of any size; ``path`` is replaced when the block ends without an error.
 
     For an object store the file is spooled to the local disk, and uploaded then.
+
+    Raises:
+        NoRoomError: there is no room for it, here or there.
     """
-    if not is_local(path):
-        remote: Any = path
-        with tempfile.TemporaryFile() as spool:
-            yield cast(BinaryIO, spool)
-            remote.upload(spool)
+    if is_local(path):
+        with naming_a_full_disk(path), _writing_here(path) as file:
+            yield file
         return
+    remote: Any = path
+    with naming_a_full_disk(spool_folder()), tempfile.TemporaryFile() as spool:
+        yield cast(BinaryIO, spool)
+        spool.flush()
+        with naming_a_full_disk(path):
+            remote.upload(spool)
+
+
+@contextmanager
+def _writing_here(path: Path) -> Iterator[BinaryIO]:
     # A hidden name that no other writer on any node has.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:

@@ -24,7 +24,6 @@ from pipeline.data_root import open_root
 from pipeline.files import is_local, map_ahead, scan, write_json, writing
 from pipeline.joint import JointRows
 from pipeline.records import Count, Crc, Totals, first_error, read_record, record_problems
-from pipeline.shards import naming_a_full_disk
 from pipeline.sweep import command_parser, one_line_errors, progress_bar
 
 
@@ -144,9 +143,7 @@ def pack(root: Path, out: Path, names: dict[str, str | None], missing: str) -> d
             else:
                 written = write_tar(out, shard, joint.samples(shard))
                 packed = PackedShard(**settings, sources=sources, rows=rows, **written)
-                path = out / f"{fmt.shard_name(shard)}.json"
-                with naming_a_full_disk(path):
-                    write_json(path, asdict(packed))
+                write_json(out / f"{fmt.shard_name(shard)}.json", asdict(packed))
             bar.update(rows)
             counts["shards"] += 1
             counts["clips"] += packed.clips
@@ -254,7 +251,7 @@ def write_tar(
     stem, clips = fmt.shard_name(shard), 0
     path = out / f"{stem}.tar"
     try:
-        with naming_a_full_disk(path), writing(path) as file:
+        with writing(path) as file:
             writer: Any = ChecksummedWriter(file)
             with tarfile.open(fileobj=writer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
                 for key, members in samples:

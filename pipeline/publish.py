@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from pipeline import storage
-from pipeline.files import is_local, sync_folder, write_durably
+from pipeline.files import is_local, spool_folder, sync_folder, write_durably
 from pipeline.format import shard_name
 
 # What systems answer whose folders can't be locked.
@@ -42,7 +42,7 @@ class LocalShard:
 
     Attributes:
         tar: the file to write the tar to.
-        place: what to name where the disk is full.
+        place: what to name where the disk is full, see ``naming_a_full_disk``.
         tar_name, index_name: for the commit record.
     """
 
@@ -128,7 +128,7 @@ class RemoteShard:
         self._tar: Any = folder / self.tar_name
         self._index: Any = folder / self.index_name
         self._record: Any = folder / f"{stem}.json"
-        self.place = Path(tempfile.gettempdir(), "…")
+        self.place = spool_folder()
         # Nameless: gone with its last writer, however that ends.
         self.tar = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115 (closed by ``close``)
 

@@ -30,7 +30,6 @@ from pipeline.jobs import ShardUpdate
 from pipeline.records import Totals
 from pipeline.run_page import write_page
 from pipeline.settings import dump
-from pipeline.shards import NoRoomError, naming_a_full_disk
 from pipeline.storage import scrubbed
 from pipeline.tally import Point, Tally, TaskName, failures, rates_between
 
@@ -81,7 +80,7 @@ class RunReport:
         self._next_show_s = now_s + self._display.interval_s
         self._next_sample_s = now_s + SAMPLE_INTERVAL_S
         write_atomically(self.folder / "config.yaml", dump(config).encode())
-        self._events = EventLog(self.folder / "events.jsonl")
+        self._events = EventLog(self.folder / "events.jsonl", self._display.note)
         self.event(
             "run",
             run_id=run_id,
@@ -111,22 +110,25 @@ class RunReport:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        outcome = self._outcome(kind)
-        self._sample(time.monotonic())
-        self._tally.take_back_all()
-        summary = self._summary(outcome)
-        self._display.close(self._closing_line(summary))
         try:
-            self._events.write("end", outcome=outcome)
-            self._events.close()
-            with naming_a_full_disk(self.folder / "summary.json"):
-                write_json(self.folder / "summary.json", summary)
-                write_page(self.folder)
-        except (OSError, NoRoomError) as error:
+            self._end(self._outcome(kind))
+        except Exception as error:
             if kind is None:
                 raise
             # What ended the run is the news; a full disk may well be the cause of both.
             print(f"{self.folder} is incomplete: {scrubbed(error)}", file=sys.stderr)
+
+    def _end(self, outcome: str) -> None:
+        try:
+            self._sample(time.monotonic())
+        finally:
+            self._tally.take_back_all()
+            summary = self._summary(outcome)
+            self._display.close(self._closing_line(summary))
+        self._events.write("end", outcome=outcome)
+        self._events.close()
+        write_json(self.folder / "summary.json", summary)
+        write_page(self.folder)
 
     def update(self, news: ShardUpdate) -> None:
         """Take in one update of a cell.

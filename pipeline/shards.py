@@ -7,12 +7,9 @@ first writer of a shard wins and every later one is told so. The same rows write
 
 from __future__ import annotations
 
-import errno
 import io
-import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from pipeline.files import is_local, write_json
+from pipeline.files import naming_a_full_disk, write_json
 from pipeline.format import (
     INDEX_DTYPE,
     OK,
@@ -36,10 +33,6 @@ from pipeline.format import (
 from pipeline.publish import shard_files
 
 
-class NoRoomError(Exception):
-    """The disk or the object store, or a quota on it, is full."""
-
-
 def create_column(root: Path, spec: ColumnSpec, plan_id: str) -> Column:
     """Open the column of ``spec`` under ``root``; make its folder and column.json if absent.
 
@@ -51,8 +44,7 @@ def create_column(root: Path, spec: ColumnSpec, plan_id: str) -> Column:
     folder = root / spec.directory
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "column.json").exists():
-        with naming_a_full_disk(folder / "column.json"):
-            write_json(folder / "column.json", asdict(spec))
+        write_json(folder / "column.json", asdict(spec))
     return open_column(root, spec.directory, plan_id)
 
 
@@ -208,20 +200,3 @@ def channel_sums(array: np.ndarray, channel_axis: int) -> np.ndarray:
     others = tuple(axis for axis in range(array.ndim) if axis != channel_axis)
     values = array.astype(np.float64)
     return np.stack([values.sum(axis=others), np.square(values, out=values).sum(axis=others)])
-
-
-@contextmanager
-def naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Turn "no space left" into a `NoRoomError` that says where and how to go on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        reason = str(error.strerror)
-        if is_local(path):
-            reason += f"; {shutil.disk_usage(path.parent).free:,} bytes free"
-        raise NoRoomError(
-            f"no room to write {path} ({reason}); make room and run the same command again, "
-            "committed shards are kept"
-        ) from error

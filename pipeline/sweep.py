@@ -12,9 +12,9 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from pipeline.files import NoRoomError
 from pipeline.format import FormatError
 from pipeline.settings import ConfigError
-from pipeline.shards import NoRoomError
 from pipeline.storage import scrubbed
 
 INTERRUPTED = 130  # how shells tell that Ctrl-C ended a program: 128 + SIGINT

@@ -25,6 +25,7 @@ from pipeline.config import EncodeConfig, column_specs
 from pipeline.data_root import open_root
 from pipeline.driver import Driver, encode_shards
 from pipeline.encode import make_job
+from pipeline.files import NoRoomError
 from pipeline.fleet import Lost
 from pipeline.format import FormatError
 from pipeline.plan import ensure_plan
@@ -32,7 +33,7 @@ from pipeline.plan_table import PlanTable
 from pipeline.pool import CellError, CellLostError
 from pipeline.request import Request
 from pipeline.settings import ConfigError, load
-from pipeline.shards import NoRoomError, create_column
+from pipeline.shards import create_column
 from pipeline.sources import open_source
 from pipeline.work import open_work
 from tests.pipeline.encoded import record_films

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from pipeline.config import CheckSettings, EncodeConfig, decode_settings
 from pipeline.driver import MAX_FAILED_STARTS, MAX_GIVEN_UP, Driver, complaint
+from pipeline.files import NoRoomError
 from pipeline.fleet import Lost
 from pipeline.format import FormatError
 from pipeline.jobs import Job, ShardTask, ShardUpdate
 from pipeline.leases import MAX_HELD, MAX_LOSSES, MAX_UNWRITTEN
 from pipeline.media import Clip
 from pipeline.settings import ConfigError
-from pipeline.shards import NoRoomError
 
 ROWS = 4
 STEP_S = 1.0

@@ -18,10 +18,11 @@ from pipeline import format as fmt
 from pipeline import open_shard
 from pipeline.checks import read_facts
 from pipeline.encoder import ShardEncoder
+from pipeline.files import NoRoomError
 from pipeline.format import ColumnSpec
 from pipeline.jobs import ShardTask
 from pipeline.media import Clip, Decoded
-from pipeline.shards import NoRoomError, ShardWriter, create_column
+from pipeline.shards import ShardWriter, create_column
 from tests.pipeline.pools import InProcessPool, mailbox_of, make_job
 
 AXES = {"video": ("time", "channel"), "audio": ("time", "channel"), "text": ("token", "channel")}

@@ -21,13 +21,14 @@ from pipeline import storage
 from pipeline.config import CheckSettings, EncodeConfig
 from pipeline.data_root import RemotePath, open_root
 from pipeline.duplicates import read_settled, settle_duplicates
+from pipeline.files import NoRoomError
 from pipeline.format import find_column, read_plan
 from pipeline.pack import pack
 from pipeline.plan import ensure_plan, extend_plan
 from pipeline.plan_table import PlanTable
 from pipeline.records import sum_records
 from pipeline.settings import ConfigError
-from pipeline.shards import NoRoomError, ShardWriter, create_column
+from pipeline.shards import ShardWriter, create_column
 from pipeline.status import data_set_status
 from pipeline.verify import verify
 from tests.pipeline.servers import s3_bucket

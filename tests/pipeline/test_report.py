@@ -11,12 +11,12 @@ import pytest
 from pipeline import report
 from pipeline.config import EncodeConfig
 from pipeline.data_root import open_root
-from pipeline.event_log import read_events
+from pipeline.event_log import EventLog, read_events
+from pipeline.files import NoRoomError
 from pipeline.jobs import ShardUpdate
 from pipeline.records import Totals
-from pipeline.report import print_table
-from pipeline.settings import load
-from pipeline.shards import NoRoomError
+from pipeline.report import RunReport, print_table
+from pipeline.settings import ConfigError, load
 from tests.pipeline.run_reports import (
     PLAN,
     A,
@@ -178,18 +178,24 @@ def test_a_stopped_run_counts_what_is_committed(tmp_path):
     assert (tmp_path / "runs" / "run-1" / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [(report, "write_json"), (report, "write_page"), (EventLog, "write"), (RunReport, "_sample")],
+    ids=lambda refused: refused[1],
+)
 def test_a_report_that_cannot_be_written_does_not_hide_what_ended_the_run(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, refused
 ):
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
+    def refuse(*_, **__):
+        raise NoRoomError("no room to write it")
 
-    monkeypatch.setattr(report, "write_json", refuse)
-    with pytest.raises(NoRoomError, match="the shard"), open_report(tmp_path):
-        raise NoRoomError("no room to write the shard")
-    assert "incomplete: NoRoomError: no room to write" in capsys.readouterr().err
-    with pytest.raises(NoRoomError, match=r"summary.json \(No space left"), open_report(tmp_path):
-        pass
+    with pytest.raises(ConfigError, match="no GPU"), open_report(tmp_path):
+        monkeypatch.setattr(*refused, refuse)
+        raise ConfigError("no GPU")
+    assert "incomplete: NoRoomError: no room to write it" in capsys.readouterr().err
+    monkeypatch.undo()
+    with pytest.raises(NoRoomError, match="no room to write it"), open_report(tmp_path):
+        monkeypatch.setattr(*refused, refuse)
 
 
 def test_many_failed_clips_take_no_memory(tmp_path):

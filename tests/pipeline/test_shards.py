@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
 
+from pipeline.files import NoRoomError
 from pipeline.format import OK, STATUS_CODE, Column, FormatError, keys_hash
-from pipeline.shards import NoRoomError, ShardWriter, create_column
+from pipeline.shards import ShardWriter, create_column
 from tests.train.columns import Dataset
 from train.data.payload import PayloadReader
 

@@ -4,9 +4,9 @@ import errno
 
 import pytest
 
+from pipeline.files import NoRoomError
 from pipeline.format import FormatError
 from pipeline.settings import ConfigError
-from pipeline.shards import NoRoomError
 from pipeline.sweep import command_parser, one_line_errors
 
 
