@@ -91,6 +91,26 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def create_file(path: Path, data: bytes) -> None:
+    """Write a small file, whole, unless there is one.
+
+    Raises:
+        FileExistsError: there is one.
+        NoRoomError: there is no room for it.
+    """
+    if not is_local(path):
+        remote: Any = path
+        with naming_a_full_disk(path):
+            remote.create(data)
+        return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write_durably(temporary, data)
+        path.hardlink_to(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Write a file of any size; ``path`` is replaced when the block ends without an error.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from pipeline import format as fmt
 from pipeline.captions import CAPTIONS_NAME, CAPTIONS_SCHEMA, write_captions
 from pipeline.config import EncodeConfig
 from pipeline.draft import PLAN_SCHEMA, ClipsHash, Draft, draft_shards
+from pipeline.files import create_file
 from pipeline.plan_table import PLAN_NAME
 from pipeline.settings import ConfigError
 from pipeline.sources import CLIP_SCHEMA, Listing, Source
 from pipeline.tables import open_parquet, parquet_writer, pc
+
+CLAIM_NAME = ".planning.tmp"
 
 
 def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
@@ -26,7 +31,7 @@ def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
 
     Raises:
         ConfigError: the source holds no clips fit for a plan; the folder holds another plan, or
-            files that are no data set.
+            files that are no data set; another driver is planning something else into it.
     """
     others = _other_files(root)  # listed first: another driver may be making the same plan
     if (root / "plan.json").exists():
@@ -38,15 +43,18 @@ def ensure_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
         )
     draft, told = _draft(source, config)
     root.mkdir(parents=True, exist_ok=True)
-    clips_hash = _write_tables(root, draft)
-    plan = fmt.Plan(
-        plan_id=_plan_id(clips_hash, config),
-        seed=config.seed,
-        source=told | {"clips_hash": clips_hash},
-        clips=(draft.segment,),
-        captions=(fmt.PlanSegment(0, len(draft.captions), config.shard_size),),
-    )
-    fmt.write_plan(root, plan)
+    with _claimed(root, source, config):
+        if (root / "plan.json").exists():  # made while the clips were listed
+            return _check_plan(root, source, config)
+        clips_hash = _write_tables(root, draft)
+        plan = fmt.Plan(
+            plan_id=_plan_id(clips_hash, config),
+            seed=config.seed,
+            source=told | {"clips_hash": clips_hash},
+            clips=(draft.segment,),
+            captions=(fmt.PlanSegment(0, len(draft.captions), config.shard_size),),
+        )
+        fmt.write_plan(root, plan)
     return plan
 
 
@@ -92,6 +100,33 @@ def extend_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
     )
     fmt.write_plan(root, extended)
     return extended
+
+
+@contextmanager
+def _claimed(root: Path, source: Source, config: EncodeConfig) -> Iterator[None]:
+    """Keep out who plans anything else into the folder at the same time, for the block.
+
+    Who plans the same may come in: all write the same bytes.
+
+    Raises:
+        ConfigError: another driver is planning something else.
+    """
+    claim = root / CLAIM_NAME
+    identity = [source.kind, source.state, config.seed, config.shard_size]
+    mine = fmt.canonical_json(identity).encode()
+    try:
+        create_file(claim, mine)
+    except FileExistsError:
+        with suppress(FileNotFoundError):  # that driver is done
+            if claim.read_bytes() != mine:
+                raise ConfigError(
+                    f"--out {root}: another run is planning other clips, or with other settings, "
+                    f"into it; wait for that one, or remove {claim} if it was killed"
+                ) from None
+    try:
+        yield
+    finally:
+        claim.unlink(missing_ok=True)
 
 
 def _other_files(root: Path) -> list[str]:

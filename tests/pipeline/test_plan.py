@@ -10,13 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import format as fmt
+from pipeline import plan as plan_module
 from pipeline.config import EncodeConfig, WindowSettings
+from pipeline.data_root import open_root
 from pipeline.draft import ClipsHash, draft_shards
 from pipeline.media import Clip
 from pipeline.plan import ensure_plan, extend_plan
 from pipeline.plan_table import PlanTable
 from pipeline.settings import ConfigError
 from pipeline.sources import Listing, Source, clip_table, open_source
+
+TABLES = ("captions.parquet", "plan.parquet")
 
 
 def clips_named(num_clips=10, captions=3):
@@ -227,6 +231,76 @@ def test_plan_stopped_half_way_is_made_again(tmp_path, left):
         (tmp_path / name).write_bytes(os.urandom(40))
     _, shards = planned(tmp_path, clips_named(), shard_size=4)
     assert [len(clips) for clips in shards] == [4, 4, 2]
+
+
+def planned_beside(out, monkeypatch, step, mine, **others):
+    """Plan clips of one driver, and those of another right before a step of the first."""
+    call = getattr(plan_module, step)
+
+    def after_another(*arguments):
+        monkeypatch.setattr(plan_module, step, call)
+        told.append(attempted(out, **others))
+        return call(*arguments)
+
+    told = []
+    monkeypatch.setattr(plan_module, step, after_another)
+    return attempted(out, **mine), told[0]
+
+
+def attempted(out, num_clips=10, **config):
+    try:
+        return planned(out, clips_named(num_clips), **config)[0].plan_id
+    except ConfigError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("others", [{"seed": 7}, {"num_clips": 11}, {"shard_size": 3}])
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_of_drivers_that_plan_different_things_at_once_the_later_is_told(
+    tmp_path, monkeypatch, others, where
+):
+    def new_root(name):
+        return (
+            tmp_path / name if where == "folder" else open_root(f"memory://{tmp_path.name}{name}")
+        )
+
+    expected, _ = planned(new_root("alone"), clips_named(10), shard_size=4)
+    out, mine, others = new_root("a"), {"shard_size": 4}, {"shard_size": 4, **others}
+    ended, other = planned_beside(out, monkeypatch, "_write_tables", mine, **others)
+    assert ended == expected.plan_id and "another run is planning other clips" in other
+    assert fmt.read_plan(out).plan_id == expected.plan_id
+    assert contents_of(out) == contents_of(new_root("alone"))
+    ended, other = planned_beside(new_root("b"), monkeypatch, "create_file", others, **mine)
+    assert other == expected.plan_id and f"holds plan {expected.plan_id}" in ended
+    assert contents_of(new_root("b")) == contents_of(new_root("alone"))
+
+
+def contents_of(root):
+    """Return the tables of a plan; plan.json also tells where its source is."""
+    assert {path.name for path in root.iterdir()} == {"plan.json", *TABLES}
+    return [(root / name).read_bytes() for name in TABLES]
+
+
+def test_drivers_that_plan_the_same_at_once_agree(tmp_path, monkeypatch):
+    mine = {"shard_size": 4}
+    first, second = planned_beside(tmp_path / "out", monkeypatch, "_write_tables", mine, **mine)
+    assert first == second == fmt.read_plan(tmp_path / "out").plan_id
+
+
+def test_claim_of_a_killed_run_is_no_obstacle_to_the_same_run(tmp_path):
+    claim = tmp_path / plan_module.CLAIM_NAME
+    with (
+        pytest.raises(SystemExit),
+        plan_module._claimed(tmp_path, source_of(tmp_path, clips_named()), EncodeConfig()),
+    ):
+        left = claim.read_bytes()
+        raise SystemExit
+    assert not claim.exists()
+    claim.write_bytes(left)
+    with pytest.raises(ConfigError, match=r"remove .*planning\.tmp if it was killed"):
+        planned(tmp_path, clips_named(), seed=5)
+    planned(tmp_path, clips_named())
+    assert not claim.exists()
 
 
 def test_damaged_plan_is_not_replaced(tmp_path):
