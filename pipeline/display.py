@@ -39,12 +39,22 @@ class Display:
         self.interval_s = TERMINAL_INTERVAL_S if self._is_terminal else LOG_INTERVAL_S
         self._bars: list[tqdm] = []
         self._noted: set[str] = set()
+        self._num_hidden = 0
 
     def note(self, text: str) -> None:
-        """Show a text above the state of the run, once however often it comes."""
-        if text not in self._noted and len(self._noted) < NOTES_SHOWN:
+        """Show a text above the state of the run, once however often it comes.
+
+        Those after the first ``NOTES_SHOWN`` are counted only.
+        """
+        if text in self._noted:
+            return
+        if len(self._noted) < NOTES_SHOWN:
             self._noted.add(text)
             tqdm.write(text, file=self._stream)
+            return
+        if not self._num_hidden:
+            tqdm.write("more incidents are in events.jsonl only", file=self._stream)
+        self._num_hidden += 1
 
     def show(self, tally: Tally, rates: Rates) -> None:
         """Show the state of the run."""
@@ -70,6 +80,8 @@ class Display:
         for bar in reversed(self._bars):
             bar.close()
         self._bars = []
+        if self._num_hidden:
+            self._print(f"{self._num_hidden:,} more incidents in events.jsonl")
         self._print(text)
 
     def _open_bars(self) -> list[tqdm]:

@@ -200,9 +200,9 @@ def stop_if_too_many_failed(report: RunReport, limit: float) -> None:
     Raises:
         ConfigError: more clips than the share ``limit`` have failed.
     """
-    if report.num_clips >= MIN_CLIPS_FOR_STOP and report.failed_share > limit:
+    if report.clips_done >= MIN_CLIPS_FOR_STOP and report.failed_share > limit:
         raise ConfigError(
-            f"{report.failed_share:.0%} of {report.num_clips} clips failed, more than "
+            f"{report.failed_share:.0%} of {report.clips_done} clips failed, more than "
             f"max_failed_share={limit:g}; causes are in {report.folder}/events.jsonl"
         )
 

@@ -92,14 +92,9 @@ class RunReport:
         )
 
     @property
-    def num_clips(self) -> int:
+    def clips_done(self) -> int:
         """Clips done so far, in committed shards and those under way."""
         return self._tally.clips_done
-
-    @property
-    def num_done(self) -> int:
-        """Shards committed so far."""
-        return self._tally.shards_done
 
     @property
     def failed_share(self) -> float:
@@ -249,7 +244,9 @@ class RunReport:
             "encode_s": round(done.encode_s, 3),
             "write_s": round(done.write_s, 3),
             # Of the time that cells and decoders had, from the first shard begun to the last one
-            # committed. Codecs busy all the time would be as fast as codecs alone.
+            # committed. The share in which codecs were busy is also the rate over that of the same
+            # codecs never waiting, as fast as they were in this run; tools.bench_encode compares
+            # with codecs that are fed ready tensors.
             "speed_of_light_share": _ratio(done.encode_s, cell_s),
             "decode_busy_share": _ratio(done.decode_s, decoder_s),
             "write_share": _ratio(done.write_s, cell_s),

@@ -191,7 +191,7 @@ def _cards(start: dict[str, Any], summary: Mapping[str, Any], last: dict[str, An
         "hours of clips per hour": rate_text(known.get("media_h_per_h", 0.0)),
     }
     if "speed_of_light_share" in summary:
-        cards["of the codecs' own speed"] = f"{summary['speed_of_light_share']:.0%}"
+        cards["of the cells' time encoding"] = f"{summary['speed_of_light_share']:.0%}"
         cards["of the decoders' time decoding"] = f"{summary['decode_busy_share']:.0%}"
     shown = (
         f'<div class="card"><b>{value}</b><span>{name}</span></div>'

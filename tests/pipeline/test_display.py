@@ -98,7 +98,7 @@ def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monk
     assert line.startswith("incomplete: ")
 
 
-def test_a_note_is_shown_once(monkeypatch):
+def test_a_note_is_shown_once_and_those_that_are_not_are_counted(monkeypatch):
     stream = io.StringIO()
     shown = Display(10, stream)
     for _ in range(5):
@@ -106,7 +106,11 @@ def test_a_note_is_shown_once(monkeypatch):
     for number in range(100):
         shown.note(f"note {number}")
     assert stream.getvalue().count("batch halved") == 1
-    assert len(stream.getvalue().splitlines()) == display.NOTES_SHOWN
+    shown.close("complete")
+    *notes, told, count, end = stream.getvalue().splitlines()
+    assert len(notes) == display.NOTES_SHOWN and end == "complete"
+    assert told == "more incidents are in events.jsonl only"
+    assert count == f"{101 - display.NOTES_SHOWN} more incidents in events.jsonl"
 
 
 @pytest.mark.parametrize(

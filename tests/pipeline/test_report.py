@@ -44,14 +44,15 @@ def test_shards_of_two_cells_are_counted_apart(tmp_path):
         run.update(progress(A, ok=3))
         run.update(ShardUpdate("started", "n/1", B))
         run.update(progress(B, ok=2, failed=[missing("b0"), missing("b1")]))
-        assert (run.num_clips, run.failed_share) == (7, 2 / 7)
+        assert (run.clips_done, run.failed_share) == (7, 2 / 7)
         run.update(ShardUpdate("started", "n/1", A))  # the cell of the first attempt was lost
-        assert (run.num_clips, run.failed_share) == (4, 0.5)
+        assert (run.clips_done, run.failed_share) == (4, 0.5)
         run.update(progress(A, ok=6))
         for task in (A, B):
             run.update(ShardUpdate("committed", "n/1", task))
-        assert (run.num_clips, run.num_done) == (10, 2)
-    assert summary_of(tmp_path)["statuses"] == {"ok": 8, "missing": 2}
+        assert run.clips_done == 10
+    summary = summary_of(tmp_path)
+    assert summary["shards"] == 2 and summary["statuses"] == {"ok": 8, "missing": 2}
 
 
 def test_news_with_the_commit_count_and_captions_are_no_clips(tmp_path):
@@ -69,7 +70,7 @@ def test_a_lost_attempt_is_uncounted_told_and_still_work_done(tmp_path, capsys):
     with open_report(tmp_path, publish=tallies.append) as run:
         run.update(progress(A, ok=5, decode_s=4.0))
         run.lost(A, 1, "encoder killed", "n/0")
-        assert run.num_clips == 0
+        assert run.clips_done == 0
         run.update(progress(A, ok=10, decode_s=8.0))
         run.update(ShardUpdate("committed", "n/1", A))
     (lost,) = events(tmp_path, "lost")
