@@ -21,6 +21,27 @@ TEXT_SHARDS_OPEN = 64  # indices of text shards kept in memory
 ROWS_AHEAD = 32  # clips read from an object store before they are wanted
 
 
+def read_array(column: fmt.Column, tar: Path, entry: np.void) -> np.ndarray | None:
+    """Read the array of a row that is ok, read-only.
+
+    Args:
+        column: the column.
+        tar: of the shard.
+        entry: the row's record in the shard's index.
+
+    Returns:
+        None where the bytes are not there, or others than were written.
+    """
+    try:
+        payload = read_range(tar, int(entry["offset"]), int(entry["nbytes"]))
+    except FileNotFoundError:
+        return None
+    if google_crc32c.value(payload) != entry["crc32c"]:
+        return None
+    shape = entry["shape"][: len(column.spec.axes)].tolist()
+    return np.frombuffer(payload, column.spec.dtype).reshape(shape)
+
+
 class ShardRows:
     """The rows of one shard of one column, read one at a time.
 
@@ -51,18 +72,14 @@ class ShardRows:
             FormatError: its checksum is wrong, or the tar is missing or ends before.
         """
         entry = self.index[row]
-        try:
-            payload = read_range(self._path, int(entry["offset"]), int(entry["nbytes"]))
-        except FileNotFoundError:
-            payload = b""
-        if google_crc32c.value(payload) != int(entry["crc32c"]):
+        array = read_array(self._column, self._path, entry)
+        if array is None:
             raise fmt.FormatError(
-                f"{self._path} row {row} ({key}): crc32c of {len(payload)} bytes is "
-                f"{google_crc32c.value(payload):08x}, expected {int(entry['crc32c']):08x} of "
-                f"{entry['nbytes']}; {repair(self._column, self._shard)}"
+                f"{self._path} row {row} ({key}): crc32c is another, or the file ends before; "
+                f"expected {entry['crc32c']:08x} of {entry['nbytes']} bytes at {entry['offset']}; "
+                f"{repair(self._column, self._shard)}"
             )
-        shape = [int(size) for size in entry["shape"] if size]
-        return np.frombuffer(payload, self._column.spec.dtype).reshape(shape)
+        return array
 
     def npy(self, row: int, key: str) -> bytes:
         """Return a row's array as the bytes of a .npy file; raises as ``array`` does."""
