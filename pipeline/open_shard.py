@@ -2,7 +2,8 @@
 
 Where an earlier run left facts of a clip that was whole, they decide the verdict and stay as they
 are; where it left its latents, too, and the shard was taken back for the sake of other clips, they
-are copied. All columns are committed together, after the facts.
+are copied. A clip that is looked at again and fails, though it did not before, stays as it was.
+All columns are committed together, after the facts.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from pipeline.checks import (
 )
 from pipeline.jobs import FailedClip, Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, Decoded
-from pipeline.old_rows import open_old_rows
+from pipeline.old_rows import best_facts, never_worse, open_old_rows
 from pipeline.pool import Item
 from pipeline.records import record_path
 from pipeline.shards import ShardWriter
@@ -115,6 +116,8 @@ class OpenShard:
             row if row and is_settled(row) else None
             for row in self._stored or [None] * len(task.clips)
         ]
+        tables = [self._stored, *(old.facts for old in self._old.values())]
+        self._before = best_facts(tables) or [None] * len(task.clips)
         self._facts: list[dict[str, Any]] = []
         self._judged: deque[Row] = deque()  # and not written
         self._num_left = len(task.captions if is_text else task.clips)
@@ -144,12 +147,7 @@ class OpenShard:
         if row.clip is None:
             media: dict[str, Any] = {"text": row.caption}
         else:
-            assert row.decoded is not None
-            known, row.decode_s = self._known[row.number], row.decoded.seconds
-            judged = judge(with_facts(row.decoded, known), self._job.checks)
-            self._facts.append(known or facts_row(row.number, row.clip, judged))
-            lacking = set(self._writers) - set(row.latents)
-            row.problems = {m: why for m, why in judged.problems.items() if m in lacking}
+            judged = self._verdict(row)
             row.media_s = judged.facts.get("duration_s") or 0.0
             media = {"video": judged.frames, "audio": judged.sound}
             for modality, axis in (("video", 0), ("audio", 1)):
@@ -254,13 +252,29 @@ class OpenShard:
             if writer.commit(extra)
         )
 
+    def _verdict(self, row: Row) -> Decoded:
+        """Judge a clip and note its facts, problems and those of its latents that are kept."""
+        assert row.clip is not None and row.decoded is not None
+        known, row.decode_s = self._known[row.number], row.decoded.seconds
+        now = judge(with_facts(row.decoded, known), self._job.checks)
+        verdict = now if known else never_worse(now, self._before[row.number], self._job.checks)
+        self._facts.append(known or facts_row(row.number, row.clip, verdict))
+        if not known:
+            self._copy_latents(row, self._facts[-1])
+        problems = verdict.problems
+        if verdict is not now:  # nothing of the file as it is now goes with what is kept
+            problems = dict.fromkeys(BOTH, next(iter(now.problems.values()))) | problems
+        lacking = self._writers.keys() - row.latents.keys()
+        row.problems = {m: why for m, why in problems.items() if m in lacking}
+        return verdict
+
     def _clip_rows(self) -> Iterator[Row]:
         """Decoders get no clip whose file is not there, or of which enough is known and kept."""
         for number, clip in enumerate(self.task.clips):
             facts, row = self._known[number], Row(self, number, clip.key, clip)
             if facts:
                 row.decoded = verdict_without_decoding(facts, self._job.checks)
-                self._copy_latents(row)
+                row.copied_bytes = self._copy_latents(row, facts)
                 if row.latents.keys() == self._writers.keys():
                     row.decoded = Decoded(None, None)
             if row.decoded is None and self._media.is_missing(clip.uri):
@@ -276,14 +290,17 @@ class OpenShard:
     def _caption_rows(self) -> Iterator[Row]:
         for number, caption in enumerate(self.task.captions):
             row = Row(self, number, caption_key(caption), caption=caption)
-            self._copy_latents(row)
+            row.copied_bytes = self._copy_latents(row, {"text_status": "ok", "content_hash": None})
             yield row
 
-    def _copy_latents(self, row: Row) -> None:
+    def _copy_latents(self, row: Row, facts: dict[str, Any]) -> int:
+        """Copy what was encoded before and is fine by the facts; return its bytes."""
         for modality, old in self._old.items():
-            if (latent := old.read(row.number)) is not None:
-                row.latents[modality] = latent
-                row.copied_bytes += latent.nbytes
+            if facts[f"{modality}_status"] == "ok":
+                latent = old.read(row.number, facts["content_hash"])
+                if latent is not None:
+                    row.latents[modality] = latent
+        return sum(latent.nbytes for latent in row.latents.values())
 
     def _stored_latent(
         self, row: Row, modality: str, latent: np.ndarray

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline import format as fmt
 from pipeline.checks import facts_directory, facts_path, read_facts
-from pipeline.codecs.builtin import LogmelAudio
+from pipeline.codecs.builtin import DctVideo, LogmelAudio
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.decode import decode_clip
 from pipeline.duplicates import settle_duplicates
@@ -13,6 +13,7 @@ from pipeline.encoder import ShardEncoder
 from pipeline.jobs import ShardTask
 from pipeline.media import Clip, ClipError, Decoded
 from pipeline.mux import write_mp4
+from pipeline.old_rows import take_back
 from pipeline.settings import load
 from pipeline.shards import create_column
 from pipeline.work import FAILED, open_work, reopen
@@ -217,6 +218,80 @@ def test_codec_that_failed_over_sound_costs_no_picture_again(tmp_path, monkeypat
     run.reopen_failed()
     assert run.encode() == {"video": ["ok", "ok"], "audio": ["ok", "ok"]}
     assert run.decoded == [("x", {"audio"})]
+
+
+def test_clip_that_is_worse_when_it_is_tried_again_stays_as_it_was(tmp_path):
+    """In latents, statuses and facts: its picture was fine, and only its sound was asked for."""
+    run = Run(tmp_path, "mute", "gone")
+    run.film("mute", sound=False)
+    statuses = {"video": ["ok", "missing"], "audio": ["no_audio", "missing"]}
+    assert run.encode() == statuses
+    before, facts = payloads(run), read_facts(run.facts, 0)
+    (run.media / "mute.mp4").rename(tmp_path / "mute.mp4")
+    run.reopen_failed()
+    assert run.encode() == statuses
+    assert payloads(run) == before and read_facts(run.facts, 0) == facts
+
+
+def test_other_checks_lose_no_latent_of_media_that_are_gone(tmp_path):
+    """They judge by what was measured then."""
+    run = Run(tmp_path, "a", "still", "gone")
+    run.film("a")
+    run.film("still", still=True)
+    run.encode()
+    before, flags, hashes = payloads(run), run.fact("flags"), run.fact("content_hash")
+    assert flags == [[], ["still"], []]
+    for path in run.media.iterdir():
+        path.unlink()
+    run.reopen_failed()
+    statuses = ["ok", "ok", "missing"]
+    assert run.encode("checks.min_motion=0") == {"video": statuses, "audio": statuses}
+    assert payloads(run) == before and run.fact("status") == statuses
+    assert run.fact("content_hash") == hashes and run.fact("flags") == [[], [], []]
+
+
+def test_same_film_costs_no_codec_again_and_another_takes_its_place_whole(tmp_path, monkeypatch):
+    run = Run(tmp_path, "same", "other")
+    for seed, name in enumerate(("same", "other")):
+        run.film(name, sound=False, seed=seed)
+    assert run.encode()["audio"] == ["no_audio", "no_audio"]
+    run.film("other", seed=5)
+    for column in run.columns.values():
+        take_back(column, 0)
+    num_encoded, encode = [], DctVideo.encode
+
+    def count(self, batch):
+        num_encoded.append(len(batch))
+        return encode(self, batch)
+
+    monkeypatch.setattr(DctVideo, "encode", count)
+    assert run.encode() == {"video": ["ok", "ok"], "audio": ["no_audio", "ok"]}
+    assert len(num_encoded) == 1
+    assert payloads(run) == payloads(undisturbed(run, tmp_path / "again"))
+
+
+def test_latent_of_another_film_than_the_facts_are_of_is_not_copied(tmp_path):
+    """Facts of other checks, which another column was encoded with after a film was replaced."""
+    run = Run(tmp_path, "a", "gone")
+    run.film("a")
+    run.encode("columns=[video]")
+    columns = run.columns
+    run.film("a", seed=5)
+    run.encode("columns=[audio]", "checks.min_motion=0")
+    take_back(columns["video"], 0)
+    assert run.encode("columns=[video]", "checks.min_motion=0")["video"] == ["ok", "missing"]
+    assert run.decoded == [("a", {"video"})]
+    again = undisturbed(run, tmp_path / "again", "columns=[video]")
+    assert payloads(run) == payloads(again)
+
+
+def undisturbed(run, root, *settings):
+    """Return another data set of the media as they are now."""
+    again = Run(make_folder(root), *(clip.key for clip in run.clips))
+    for path in run.media.iterdir():
+        (again.media / path.name).write_bytes(path.read_bytes())
+    again.encode(*settings)
+    return again
 
 
 @pytest.mark.parametrize("damage", ["payload", "index", "record", "tar is gone"])
