@@ -62,9 +62,13 @@ def encode_shards(
     """
     from pipeline.cluster import connected  # Ray is loaded only where there is work
 
-    with connected(job, config, address) as cells:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
-        return Driver(cells, tasks, job, watch).run()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with connected(job, config, address) as cells:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
+            return Driver(cells, tasks, job, watch).run()
+    except SystemExit:  # by Ray's own, while it started
+        raise KeyboardInterrupt from None
 
 
 def complaint(given_up: Sequence[GivenUp]) -> str:

@@ -89,7 +89,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path} is not JSON ({error}); restore it or encode again") from None
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a JSON {type(value).__name__}, expected an object")
