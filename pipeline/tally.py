@@ -91,8 +91,8 @@ class Tally:
         self.num_clips, self.num_shards = num_clips, num_shards
         self.done, self.spent = Sums(), Sums()
         self.shards_done = 0
-        self.num_cells, self.num_decoders = 1, 0
-        self.most_cells, self.most_decoders = 1, 0
+        self.num_cells = self.num_decoders = 0
+        self.most_cells = self.most_decoders = 0
         self.num_lost = 0
         self.started_s = now_s
         self.first_news_s: float | None = None

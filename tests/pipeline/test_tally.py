@@ -25,6 +25,14 @@ def test_a_run_of_captions_only_has_a_time_left():
     assert run.eta_s(rates_between(before, before)) is None
 
 
+def test_there_is_no_cell_before_one_is_told_of():
+    run = Tally(40, 4, 0.0)
+    assert (run.num_cells, run.most_cells) == (0, 0)
+    run.set_cells(1, 2, 1.0)
+    run.set_cells(0, 0, 2.0)
+    assert (run.num_cells, run.most_cells, run.most_decoders) == (0, 1, 2)
+
+
 def test_cells_have_time_from_the_first_shard_on():
     run = Tally(40, 4, 0.0)
     run.set_cells(2, 6, 5.0)
