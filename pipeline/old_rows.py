@@ -1,9 +1,10 @@
 """Rows of a shard whose commit was taken back: those that are ok are copied, not encoded again.
 
-The record that was taken back is kept under a hidden name, for it says where the payloads are. It
-is only believed as far as it can be checked, so that a stale or a damaged one costs time, never
-a wrong byte. A latent is copied where the facts that it was judged by are of the same content as
-those that count now: picture and sound of a clip are always of one file.
+The record that was taken back is kept under a hidden name, for it says where the payloads are;
+``pipeline.gc`` leaves it, tar and index alone until the shard is committed again. It is only
+believed as far as it can be checked, so that a stale or a damaged one costs time, never a wrong
+byte. A latent is copied where the facts that it was judged by are of the same content as those
+that count now: picture and sound of a clip are always of one file.
 """
 
 from __future__ import annotations

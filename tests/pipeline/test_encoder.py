@@ -94,7 +94,7 @@ class Run:
         return decode
 
     def fact(self, name):
-        return [row[name] for row in read_facts(self.facts, 0)]
+        return [row[name] for row in read_facts(self.facts, 0) or ()]
 
 
 def test_facts_of_what_was_missing_are_measured_when_it_is_there(tmp_path):
