@@ -57,6 +57,7 @@ FACTS_SCHEMA = pa.schema(
     ]
 )
 MEASURES = FACTS_SCHEMA.names[7:]
+FACTS_FILE = re.compile(r"(\d{6,})\.parquet")
 # Raise the version when a fact is added or measured in another way: the facts get a new folder.
 FACTS_VERSION = 3
 
@@ -69,7 +70,7 @@ BOTH = ("video", "audio")
 REACHED_SHARE = 0.98
 
 
-class Finding(NamedTuple):
+class FailedCheck(NamedTuple):
     """A check that a clip, or one modality of it, did not pass."""
 
     check: str
@@ -84,12 +85,12 @@ def judge(decoded: Decoded, checks: CheckSettings) -> Decoded:
     truncated (each modality for itself), too_short, silent, still, low_fps (the whole clip).
     """
     problems, flags = dict(decoded.problems), set[str]()
-    for finding in _findings(decoded.facts, checks):
-        if getattr(checks, finding.check) == "flag":
-            flags.add(finding.check)
+    for failed in _failed_checks(decoded.facts, checks):
+        if getattr(checks, failed.check) == "flag":
+            flags.add(failed.check)
             continue
-        for modality in finding.modalities:
-            problems.setdefault(modality, (finding.check, finding.message))
+        for modality in failed.modalities:
+            problems.setdefault(modality, (failed.check, failed.message))
     return Decoded(
         frames=None if "video" in problems else decoded.frames,
         sound=None if "audio" in problems else decoded.sound,
@@ -98,13 +99,13 @@ def judge(decoded: Decoded, checks: CheckSettings) -> Decoded:
     )
 
 
-def _findings(facts: dict[str, Any], checks: CheckSettings) -> Iterator[Finding]:
+def _failed_checks(facts: dict[str, Any], checks: CheckSettings) -> Iterator[FailedCheck]:
     """Yield what the facts fail, in the order of `judge`; a fact that is not there fails none."""
     limits = {check: getattr(checks, name) for check, name in THRESHOLDS.items()}
     for modality, what in (("video", "frames"), ("audio", "samples")):
         share, least = facts.get(f"{modality}_decoded_share"), limits["truncated"]
         if share is not None and share < least:
-            yield Finding(
+            yield FailedCheck(
                 "truncated",
                 (modality,),
                 f"{share:.1%} of the {what} that its span should have can be decoded, expected "
@@ -113,19 +114,19 @@ def _findings(facts: dict[str, Any], checks: CheckSettings) -> Iterator[Finding]
     duration_s, least = facts.get("duration_s"), limits["too_short"]
     if duration_s is not None and duration_s < REACHED_SHARE * least:
         message = f"{duration_s:.2f} s of picture and sound together, expected at least "
-        yield Finding("too_short", BOTH, f"{message}{least:g} s")
+        yield FailedCheck("too_short", BOTH, f"{message}{least:g} s")
     silent_share, most = facts.get("silent_share"), limits["silent"]
     if silent_share is not None and silent_share > most:
         message = f"{silent_share:.1%} of the sound is below -60 dBFS, expected at most "
-        yield Finding("silent", BOTH, f"{message}{most:.1%}")
+        yield FailedCheck("silent", BOTH, f"{message}{most:.1%}")
     motion, least = facts.get("motion"), limits["still"]
     if motion is not None and motion < least:
         message = f"frames differ by {motion:.2g} of white on average, expected at least "
-        yield Finding("still", BOTH, f"{message}{least:g}")
+        yield FailedCheck("still", BOTH, f"{message}{least:g}")
     fps, least = facts.get("fps"), limits["low_fps"]
     if fps is not None and fps < REACHED_SHARE * least:
         message = f"{fps:.3g} frames a second in the file, expected at least "
-        yield Finding("low_fps", BOTH, f"{message}{least:g}")
+        yield FailedCheck("low_fps", BOTH, f"{message}{least:g}")
 
 
 def is_settled(stored: dict[str, Any]) -> bool:
@@ -197,10 +198,10 @@ def facts_path(folder: Path, shard: int) -> Path:
 def shards_with_facts(folder: Path) -> list[int]:
     """Return the numbers of the shards that have facts, sorted."""
     try:
-        names = [entry.name for entry in scan(folder)]
+        matches = [FACTS_FILE.fullmatch(entry.name) for entry in scan(folder)]
     except FileNotFoundError:
         return []
-    return sorted(int(n[:-8]) for n in names if re.fullmatch(r"\d{6,}\.parquet", n))
+    return sorted(int(match[1]) for match in matches if match)
 
 
 def facts_row(row: int, clip: Clip, decoded: Decoded) -> dict[str, Any]:

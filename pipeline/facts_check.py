@@ -7,7 +7,6 @@ decided. Other failures may be mended since, so that facts that are better than 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline import format as fmt
-from pipeline.checks import DECISIONS, facts_path
+from pipeline.checks import DECISIONS, facts_path, shards_with_facts
 from pipeline.findings import Finding, Report
-from pipeline.orphans import entries, facts_folders
+from pipeline.orphans import facts_folders
 from pipeline.tables import read_parquet
 
-FACTS_FILE = re.compile(r"(\d{6,})\.parquet")
 COLUMNS = ("key", "row", "status", "video_status", "audio_status")
 # Never measured again: duplicates are settled after, see ``pipeline.duplicates``.
 DECIDED = DECISIONS - {"duplicate"}
@@ -62,7 +60,7 @@ class FactsCheck:
     def __init__(self, root: Path, report: Report) -> None:
         self._root, self._report = root, report
         names = facts_folders(root)
-        self._shards = {name: shards_with_facts(root / name) for name in names}
+        self._shards = {name: set(shards_with_facts(root / name)) for name in names}
         self._num_findings = dict.fromkeys(names, 0)
 
     def look(
@@ -140,12 +138,6 @@ def difference(
         f"they were last looked at; put them back, {MEND}"
     )
     return Finding(text, str(path), row, keys[row])
-
-
-def shards_with_facts(folder: Path) -> set[int]:
-    """Return the shards that a folder has facts of."""
-    matches = (FACTS_FILE.fullmatch(name) for name in entries(folder))
-    return {int(match[1]) for match in matches if match}
 
 
 def read_checked(path: Path, keys: Sequence[str]) -> dict[str, list[Any]]:

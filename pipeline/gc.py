@@ -17,9 +17,17 @@ from typing import Any
 
 from pipeline import format as fmt
 from pipeline.data_root import open_root
-from pipeline.files import is_local, map_ahead
-from pipeline.orphans import ColumnFiles, Found, all_files, entries, facts_folders, temporaries
-from pipeline.records import CommitRecord, read_record
+from pipeline.files import is_local
+from pipeline.orphans import (
+    ColumnFiles,
+    Found,
+    all_files,
+    column_folders,
+    entries,
+    facts_folders,
+    temporaries,
+)
+from pipeline.records import records_or_errors
 from pipeline.removal import Holding, Orphan, is_part_of_column, is_part_of_facts, remove
 from pipeline.sweep import command_parser, one_line_errors
 
@@ -129,7 +137,7 @@ def collect(root: Path, names: Sequence[str], min_age_s: float) -> Listing:
         FormatError: it is no data set, or one of ``names`` must not be removed.
     """
     plan, listing = fmt.read_plan(root), Listing(root, min_age_s)
-    columns = fmt.column_directories(root)
+    columns = column_folders(root)
     facts = facts_folders(root)
     if unknown := sorted(set(names) - {*columns, *facts}):
         there = ", ".join([*columns, *facts]) or "none"
@@ -163,17 +171,10 @@ def add_column(listing: Listing, root: Path, name: str, plan_id: str, is_chosen:
             listing.problems.append(str(error))
         return
 
-    def read(shard: int) -> CommitRecord | str | None:
-        try:
-            return read_record(column, shard)
-        except fmt.FormatError as error:
-            return str(error)
-
-    shards = sorted(column.committed_shards())
-    for shard, record in zip(shards, map_ahead(column.path, read, shards), strict=True):
-        if isinstance(record, str):
+    for shard, record in records_or_errors(column):
+        if isinstance(record, fmt.FormatError):
             if not is_chosen:
-                listing.problems.append(record)
+                listing.problems.append(str(record))
             record = None
         files.claim(shard, record)
         if record is not None and record.facts:

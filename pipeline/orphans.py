@@ -64,6 +64,15 @@ def entries(folder: Path) -> dict[str, Any]:
         return {}
 
 
+def column_folders(root: Path) -> list[str]:
+    """Return the names of the folders of columns, sorted, without those that are empty.
+
+    Some object stores list a folder after all that was in it has been removed.
+    """
+    names = fmt.column_directories(root)
+    return [n for n in names if (root / n / "column.json").exists() or entries(root / n)]
+
+
 def facts_folders(root: Path) -> list[str]:
     """Return the names of the folders of facts, sorted."""
     listed = entries(root).items()

@@ -142,6 +142,21 @@ def read_record(column: fmt.Column, shard: int) -> CommitRecord | None:
     return record
 
 
+def records_or_errors(
+    column: fmt.Column,
+) -> Iterator[tuple[int, CommitRecord | fmt.FormatError | None]]:
+    """Yield every committed shard, sorted, with what ``read_record`` returns or raises."""
+
+    def read(shard: int) -> CommitRecord | fmt.FormatError | None:
+        try:
+            return read_record(column, shard)
+        except fmt.FormatError as error:
+            return error
+
+    shards = sorted(column.committed_shards())
+    yield from zip(shards, map_ahead(column.path, read, shards), strict=True)
+
+
 def first_error(error: ValidationError) -> str:
     """Return where the first wrong value is, what it is and what was expected."""
     first = error.errors()[0]

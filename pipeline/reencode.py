@@ -32,7 +32,7 @@ UNAVAILABLE = frozenset(("missing", "unreadable", "decode_timeout", "decode_cras
 
 
 @dataclass
-class Tally:
+class Comparison:
     """What came of one column's clips.
 
     Attributes:
@@ -68,7 +68,7 @@ def reencode_columns(
         report: called with every difference.
 
     Returns:
-        For each column its `Tally`.
+        For each column its `Comparison`.
 
     Raises:
         FormatError: the plan's table is damaged, or a codec is not known to this version.
@@ -85,7 +85,7 @@ def reencode_columns(
                 for shard, row in places:
                     again.row(shard, row)
                     bar.update()
-    return [again.tally.told() for again, _ in work]
+    return [again.compared.told() for again, _ in work]
 
 
 class EncodedAgain:
@@ -96,7 +96,7 @@ class EncodedAgain:
     ) -> None:
         self._root, self._column, self._table = root, column, table
         self._media, self._report = media, report
-        self.tally = Tally(column.path.name)
+        self.compared = Comparison(column.path.name)
         self._rows: dict[int, ShardRows] = {}
         self._codec = build_codec(column.spec.codec, column.spec.preprocessing)
 
@@ -105,7 +105,7 @@ class EncodedAgain:
         try:
             self._rows[shard] = ShardRows(self._column, shard)
         except fmt.FormatError:
-            self.tally.not_checked["shard is damaged"] += 1
+            self.compared.not_checked["shard is damaged"] += 1
             return []
         return np.flatnonzero(self._rows[shard].index["status"] == fmt.OK).tolist()
 
@@ -113,7 +113,7 @@ class EncodedAgain:
         """Encode one row again, compare, and report a difference."""
         reason = other_version(self._column.spec, self._codec)
         if reason:
-            self.tally.not_checked[reason] += 1
+            self.compared.not_checked[reason] += 1
             return
         if self._column.spec.modality == "text":
             caption = self._table.captions(shard)[row]
@@ -128,7 +128,7 @@ class EncodedAgain:
             return
         status, message = decoded.problems[modality]
         if status in UNAVAILABLE:
-            self.tally.not_checked[status] += 1
+            self.compared.not_checked[status] += 1
         else:
             self._find(shard, row, clip.key, f"the source is {status} now: {message}", decoded)
 
@@ -144,16 +144,16 @@ class EncodedAgain:
         latent = encode_filled(self._codec, [media], batch)[0]
         with np.errstate(over="ignore"):  # infinity then differs from what is stored
             now = np.ascontiguousarray(latent, dtype=self._column.spec.dtype)
-        self.tally.checked += 1
+        self.compared.checked += 1
         if now.shape == stored.shape and now.tobytes() == stored.tobytes():
-            self.tally.equal += 1
+            self.compared.equal += 1
             return
         if now.shape != stored.shape:
             found = f"shape {now.shape}, expected {stored.shape}"
         else:
             difference = np.abs(now.astype(np.float64) - stored)
             largest = float(difference.max())
-            self.tally.largest_difference = max(self.tally.largest_difference, largest)
+            self.compared.largest_difference = max(self.compared.largest_difference, largest)
             found = (
                 f"{np.count_nonzero(difference)} of {now.size} values differ, at most by "
                 f"{largest:.3g} (stored up to {float(np.abs(stored).max()):.3g})"

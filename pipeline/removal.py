@@ -6,7 +6,6 @@ Where folders can be locked, this happens under the lock that commits take.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,15 +15,13 @@ from typing import Any
 
 from pipeline import format as fmt
 from pipeline.captions import CAPTIONS_NAME
+from pipeline.checks import FACTS_FILE
+from pipeline.duplicates import DUPLICATES_NAME
 from pipeline.files import is_local, map_ahead, sync_folder
-from pipeline.orphans import SHARD_FILE, TEMPORARY, Found, taken_back_files
+from pipeline.orphans import RECORD, SHARD_FILE, TEMPORARY, Found, taken_back_files
 from pipeline.publish import locked_folder
 from pipeline.records import read_record
 from pipeline.sweep import progress_bar
-
-RECORD = re.compile(r"\d{6,}\.json")
-FACTS_FILE = re.compile(r"\d{6,}\.parquet")
-DUPLICATES_NAME = "duplicates.parquet"
 
 
 @dataclass

@@ -8,7 +8,6 @@ once.
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,17 +17,24 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import format as fmt
+from pipeline.checks import FACTS_FILE
 from pipeline.data_root import open_root
-from pipeline.files import map_ahead
-from pipeline.orphans import ColumnFiles, Found, all_files, entries, temporaries
+from pipeline.orphans import (
+    ColumnFiles,
+    Found,
+    all_files,
+    column_folders,
+    entries,
+    facts_folders,
+    temporaries,
+)
 from pipeline.records import (
-    CommitRecord,
     Count,
     Seconds,
     Totals,
     first_error,
-    read_record,
     record_problems,
+    records_or_errors,
 )
 from pipeline.speed import Speed, mean_clip_s
 from pipeline.sweep import command_parser, one_line_errors
@@ -64,14 +70,14 @@ def data_set_status(root: Path) -> dict[str, Any]:
     problems: list[str] = []
     orphans = temporaries(root)
     columns = []
-    for name in fmt.column_directories(root):
+    for name in column_folders(root):
         try:
             column = fmt.open_column(root, name, plan.plan_id)
         except fmt.FormatError as error:
             problems.append(str(error))
             continue
         columns.append(column_status(column, plan, problems, orphans))
-    facts = [facts_status(folder, orphans) for folder in sorted(root.glob("facts@*"))]
+    facts = [facts_status(root / name, orphans) for name in facts_folders(root)]
     return {
         "dir": str(root),
         "plan": {
@@ -109,14 +115,7 @@ def column_status(
     hosts, runs = Counter[str](), Counter[str]()
     encoded = list[int]()
 
-    def read(shard: int) -> CommitRecord | fmt.FormatError | None:
-        try:
-            return read_record(column, shard)
-        except fmt.FormatError as error:
-            return error
-
-    shards = sorted(column.committed_shards())
-    for shard, record in zip(shards, map_ahead(column.path, read, shards), strict=True):
+    for shard, record in records_or_errors(column):
         if isinstance(record, fmt.FormatError):
             problems.append(str(record))
             files.claim(shard, None)
@@ -148,8 +147,8 @@ def column_status(
 def facts_status(folder: Path, orphans: list[Found]) -> dict[str, Any]:
     """Count the shards that have facts in a folder."""
     orphans += temporaries(folder)
-    listed = entries(folder)
-    shards = {name: listed[name] for name in listed if re.fullmatch(r"\d{6,}\.parquet", name)}
+    listed = entries(folder).items()
+    shards = {name: entry for name, entry in listed if FACTS_FILE.fullmatch(name)}
     sizes = [file.num_bytes for file in all_files(folder, shards)]
     return {"name": folder.name, "shards": len(sizes), "bytes": sum(sizes)}
 

@@ -25,6 +25,7 @@ from pipeline.data_root import open_root
 from pipeline.facts_check import FactsCheck, Judged
 from pipeline.files import map_ahead
 from pipeline.findings import Finding, Report
+from pipeline.orphans import column_folders
 from pipeline.plan_table import PlanTable
 from pipeline.sweep import command_parser, one_line_errors, progress_bar
 
@@ -172,7 +173,7 @@ def choose_columns(root: Path, wanted: Sequence[str] | None) -> list[str]:
     Raises:
         FormatError: a name fits none.
     """
-    there = fmt.column_directories(root)
+    there = column_folders(root)
     chosen = []
     for item in there if wanted is None else wanted:
         fitting = [name for name in there if item in (name, name.partition("@")[0])]

@@ -13,8 +13,10 @@ import pytest
 
 from pipeline.files import write_json
 from pipeline.format import Column, Plan, PlanSegment, canonical_json, read_json, write_plan
+from pipeline.gc import collect
 from pipeline.shards import ShardWriter, create_column
 from pipeline.status import as_text, data_set_status
+from pipeline.verify import verify
 from tests.train.columns import Dataset
 
 NOTES = {"run_id": "run-a", "host": "node-1", "seconds": 4.0, "encode_s": 1.0}
@@ -203,6 +205,19 @@ def test_damaged_column_and_summary_are_named(dataset):
     summary.write_text('{"outcome": 3}')
     problems = data_set_status(dataset.root)["problems"]
     assert [str(p) in problem for p, problem in zip((path, summary), problems, strict=True)]
+
+
+def test_folder_that_a_removed_column_left_empty_is_no_column(dataset):
+    folder = dataset.root / "video@gone-12345678"
+    folder.mkdir()  # as stores that list folders without files do
+    status = data_set_status(dataset.root)
+    assert not status["problems"] and len(status["columns"]) == 3
+    findings = []
+    verify(dataset.root, findings.append, ["video"])
+    assert not findings and not collect(dataset.root, [], 0).problems
+    (folder / "000000.tar").touch()
+    (problem,) = data_set_status(dataset.root)["problems"]
+    assert "column.json is missing" in problem
 
 
 @pytest.mark.parametrize(
