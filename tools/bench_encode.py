@@ -181,8 +181,8 @@ def print_case(case: Case) -> None:
     for cells, run in case.runs.items():
         summary = run.summary
         print(
-            f"{cells} cells: start-up {summary['startup_s']:.1f} s; of the time from the first shard "
-            f"begun to the last commit, decoders decode {summary['decode_busy_share']:.0%}, codecs "
+            f"{cells} cells: start-up {summary['startup_s']:.1f} s; from the first shard begun "
+            f"to the last commit, decoders decode {summary['decode_busy_share']:.0%}, codecs "
             f"encode {summary['speed_of_light_share']:.0%}, tar, crc, index and commit take "
             f"{summary['write_share']:.1%}"
         )
