@@ -10,6 +10,7 @@ from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.decode import decode_clip
 from pipeline.duplicates import settle_duplicates
 from pipeline.encoder import ShardEncoder
+from pipeline.facts_check import FactsCheck, Judged
 from pipeline.jobs import ShardTask
 from pipeline.media import Clip, ClipError, Decoded
 from pipeline.mux import write_mp4
@@ -231,6 +232,7 @@ def test_clip_that_is_worse_when_it_is_tried_again_stays_as_it_was(tmp_path):
     run.reopen_failed()
     assert run.encode() == statuses
     assert payloads(run) == before and read_facts(run.facts, 0) == facts
+    assert contradictions(run) == []
 
 
 def test_other_checks_lose_no_latent_of_media_that_are_gone(tmp_path):
@@ -248,6 +250,7 @@ def test_other_checks_lose_no_latent_of_media_that_are_gone(tmp_path):
     assert run.encode("checks.min_motion=0") == {"video": statuses, "audio": statuses}
     assert payloads(run) == before and run.fact("status") == statuses
     assert run.fact("content_hash") == hashes and run.fact("flags") == [[], [], []]
+    assert contradictions(run) == []
 
 
 def test_same_film_costs_no_codec_again_and_another_takes_its_place_whole(tmp_path, monkeypatch):
@@ -266,7 +269,7 @@ def test_same_film_costs_no_codec_again_and_another_takes_its_place_whole(tmp_pa
 
     monkeypatch.setattr(DctVideo, "encode", count)
     assert run.encode() == {"video": ["ok", "ok"], "audio": ["no_audio", "ok"]}
-    assert len(num_encoded) == 1
+    assert len(num_encoded) == 1 and contradictions(run) == []
     assert payloads(run) == payloads(undisturbed(run, tmp_path / "again"))
 
 
@@ -283,6 +286,15 @@ def test_latent_of_another_film_than_the_facts_are_of_is_not_copied(tmp_path):
     assert run.decoded == [("a", {"video"})]
     again = undisturbed(run, tmp_path / "again", "columns=[video]")
     assert payloads(run) == payloads(again)
+
+
+def contradictions(run):
+    """Return what verify would say of the facts and the columns that were judged by them."""
+    judged = [
+        Judged(column, 0, column.committed(0)["facts"], column.index(0, len(run.clips))["status"])
+        for column in run.columns.values()
+    ]
+    return FactsCheck(run.root, print).look(0, [clip.key for clip in run.clips], judged)
 
 
 def undisturbed(run, root, *settings):
