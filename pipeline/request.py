@@ -44,6 +44,9 @@ def parse(argv: list[str]) -> tuple[Request, EncodeConfig]:
         ConfigError: a value can't be used.
     """
     arguments = make_parser().parse_intermixed_args(argv)
+    for name in ("src", "out"):
+        if not getattr(arguments, name).strip():
+            raise ConfigError(f"--{name} is empty; is a variable of the shell unset?")
     if re.search(r"[\ud800-\udfff]", arguments.out):
         raise ConfigError(
             f"--out {arguments.out!a} is no UTF-8, expected a name that is; rename it"

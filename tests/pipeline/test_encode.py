@@ -380,6 +380,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(clips, tmp_path):
         (["--src", "{clips}", "--out", "{other}"], "neither empty nor a data set"),
         (["--src", "{clips}", "--out", "{clips}/shards"], "searched for media; expected a folder"),
         (["--src", "{clips}", "--out", "o\udcff"], "is no UTF-8"),
+        (["--src", "{clips}", "--out", ""], "--out is empty"),
         (
             ["--src", "{clips}", "--out", "{out}", "--columns", "vidoe"],
             "'video', 'audio' or 'text'",
