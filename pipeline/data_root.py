@@ -12,9 +12,8 @@ import io
 import stat
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from pipeline.folders import URL, normal_root
 from pipeline.storage import RemoteFolder, as_os_error, attempt
@@ -62,10 +61,6 @@ class Entry(NamedTuple):
         """Return whether it is a folder; there are no links."""
         return stat.S_ISDIR(self.facts.st_mode)
 
-    def is_file(self, *, follow_symlinks: bool = True) -> bool:
-        """Return whether it is a file; there are no links."""
-        return stat.S_ISREG(self.facts.st_mode)
-
     def stat(self, *, follow_symlinks: bool = True) -> FileFacts:
         """Return what the listing told of it."""
         return self.facts
@@ -98,11 +93,6 @@ class RemotePath:
         return PurePosixPath(self.name).stem
 
     @property
-    def suffix(self) -> str:
-        """What follows the last dot of the name, with the dot."""
-        return PurePosixPath(self.name).suffix
-
-    @property
     def parent(self) -> RemotePath:
         """The folder it is in; the root is its own."""
         return RemotePath(self._folder, _text(self._uri.parent))
@@ -110,14 +100,6 @@ class RemotePath:
     def with_name(self, name: str) -> RemotePath:
         """Return the path of another name in the same folder."""
         return RemotePath(self._folder, str(self._uri.with_name(name)))
-
-    def with_suffix(self, suffix: str) -> RemotePath:
-        """Return the path with another suffix."""
-        return RemotePath(self._folder, str(self._uri.with_suffix(suffix)))
-
-    def relative_to(self, other: RemotePath) -> PurePosixPath:
-        """Return the way from a folder above to here."""
-        return self._uri.relative_to(other._uri)
 
     def __truediv__(self, name: str) -> RemotePath:
         return RemotePath(self._folder, str(self._uri / name))
@@ -165,10 +147,6 @@ class RemotePath:
         """Return whether there is a folder with something in it."""
         return stat.S_ISDIR(self._mode())
 
-    def is_file(self) -> bool:
-        """Return whether there is a file."""
-        return stat.S_ISREG(self._mode())
-
     def _mode(self) -> int:
         try:
             return self.stat().st_mode
@@ -187,23 +165,11 @@ class RemotePath:
         """Yield what is in a folder."""
         yield from (self / entry.name for entry in self.scan())
 
-    def glob(self, pattern: str) -> Iterator[RemotePath]:
-        """Yield what fits a pattern such as ``facts@*`` or ``*/summary.json``."""
-        first, _, rest = pattern.partition("/")
-        for entry in self.scan() if self.is_dir() else []:
-            if fnmatchcase(entry.name, first) and (entry.is_dir() or not rest):
-                path = self / entry.name
-                yield from path.glob(rest) if rest else (path,)
-
     # -- reading
 
     def read_bytes(self) -> bytes:
         """Return a whole file."""
         return self._ask(lambda: self._files.cat_file(self._path))
-
-    def read_text(self, encoding: str = "utf-8") -> str:
-        """Return a whole file as text."""
-        return self.read_bytes().decode(encoding)
 
     def read_range(self, start: int, nbytes: int) -> bytes:
         """Return a part of a file, cut where it ends."""
@@ -211,19 +177,16 @@ class RemotePath:
             return b""
         return self._ask(lambda: self._files.cat_file(self._path, start=start, end=start + nbytes))
 
-    def open(
-        self, mode: str = "r", buffering: int = READ_BYTES, encoding: str = "utf-8"
-    ) -> IO[Any]:
-        """Open a file for reading; ``buffering`` is what one request brings. See ``upload``.
+    def open(self, mode: str = "rb") -> BinaryIO:
+        """Open a file for reading bytes; to write one, see ``upload``.
 
         Raises:
             FileNotFoundError, OSError: there is no file to read.
-            ValueError: it is to be written, of which an object store makes nothing but whole files.
+            ValueError: the mode is another: an object store makes nothing but whole files.
         """
-        if mode not in ("r", "rt", "rb"):
-            raise ValueError(f"mode {mode!r} of {self}: expected r; write whole files instead")
-        file = self._ask(lambda: self._folder.open(str(self._uri), buffering))
-        return file if mode == "rb" else io.TextIOWrapper(file, encoding=encoding)
+        if mode != "rb":
+            raise ValueError(f"mode {mode!r} of {self}: expected rb; write whole files instead")
+        return self._ask(lambda: self._folder.open(str(self._uri), READ_BYTES))
 
     # -- writing
 
@@ -231,10 +194,6 @@ class RemotePath:
         """Write a file whole: readers of an object see the old data or the new."""
         self._ask(lambda: self._files.pipe_file(self._path, data))
         return len(data)
-
-    def write_text(self, text: str, encoding: str = "utf-8") -> int:
-        """Write a text file whole."""
-        return self.write_bytes(text.encode(encoding))
 
     def create(self, data: bytes) -> None:
         """Write a small file unless there is one; asked once, for a second time may find the first.

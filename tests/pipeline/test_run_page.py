@@ -117,9 +117,11 @@ def test_a_run_on_an_object_store_has_a_page(tmp_path):
     root = open_root(f"memory://{tmp_path.name}")
     with open_report(root) as run:
         run.update(progress(A, ok=7))
-    assert "7 of 40" not in (run.folder / "report.html").read_text()  # it was not committed
+    assert (
+        "7 of 40" not in (run.folder / "report.html").read_bytes().decode()
+    )  # it was not committed
     (run.folder / "summary.json").unlink()
-    assert "7 of 40" in write_page(run.folder).read_text()
+    assert "7 of 40" in write_page(run.folder).read_bytes().decode()
 
 
 @pytest.mark.parametrize(
