@@ -55,10 +55,11 @@ class FactsCheck:
     Args:
         root: the data set.
         report: called with every finding.
+        full: whether facts are read that nothing is compared with, for their checksums.
     """
 
-    def __init__(self, root: Path, report: Report) -> None:
-        self._root, self._report = root, report
+    def __init__(self, root: Path, report: Report, full: bool = False) -> None:
+        self._root, self._full, self._report = root, full, report
         names = facts_folders(root)
         self._shards = {name: set(shards_with_facts(root / name)) for name in names}
         self._num_findings = dict.fromkeys(names, 0)
@@ -87,7 +88,7 @@ class FactsCheck:
                 continue
             path = facts_path(self._root / folder, shard)
             try:
-                rows = read_checked(path, keys)
+                rows = read_checked(path, keys, self._full)
             except fmt.FormatError as error:
                 found.append((folder, Finding(f"{error}; remove it; {MEND}")))
                 continue
@@ -140,14 +141,14 @@ def difference(
     return Finding(text, str(path), row, keys[row])
 
 
-def read_checked(path: Path, keys: Sequence[str]) -> dict[str, list[Any]]:
-    """Read keys and statuses of a shard's facts, by column.
+def read_checked(path: Path, keys: Sequence[str], full: bool) -> dict[str, list[Any]]:
+    """Read keys and statuses of a shard's facts, by column; with ``full`` all pages of the others.
 
     Raises:
         FormatError: they can't be read, or are not of these clips in this order.
     """
     try:
-        table = read_parquet(path, COLUMNS)
+        table = read_parquet(path, None if full else COLUMNS)
         rows = {name: table[name].to_pylist() for name in COLUMNS}
     except (OSError, pa.ArrowException, KeyError) as error:
         reason = " ".join(str(error).split())[:200]

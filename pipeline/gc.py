@@ -179,6 +179,8 @@ def add_column(listing: Listing, root: Path, name: str, plan_id: str, is_chosen:
         files.claim(shard, record)
         if record is not None and record.facts:
             listing.named_by.setdefault(record.facts, Counter())[name] += 1
+    for facts in files.taken_back_facts:
+        listing.named_by.setdefault(facts, Counter())[name] += 1
     if not is_chosen:
         listing.add_orphans(files.orphans(), column)
 

@@ -102,14 +102,12 @@ def temporaries(folder: Path) -> list[Found]:
     return all_files(folder, hidden)
 
 
-def taken_back_files(folder: Path, stem: str) -> set[str]:
-    """Return the names of what the record of a shard that was taken back leads to, and its own."""
-    kept = f".{stem}.reopened.tmp"
+def taken_back_record(folder: Path, stem: str) -> CommitRecord | None:
+    """Return the record of a shard that was taken back, or None where it is of no use."""
     try:
-        record = RECORD_TYPE.validate_json((folder / kept).read_bytes())
+        return RECORD_TYPE.validate_json((folder / f".{stem}.reopened.tmp").read_bytes())
     except (FileNotFoundError, ValueError):  # pydantic's error is a ValueError
-        return set()
-    return {kept, record.tar, record.index}
+        return None
 
 
 class ColumnFiles:
@@ -117,15 +115,24 @@ class ColumnFiles:
 
     The folder is listed first, the records are read after: a shard that is committed meanwhile
     leaves nothing over.
+
+    Attributes:
+        folder: the column's.
+        there: its entries by name, see ``entries``.
+        taken_back_facts: folders of facts that shards which were taken back were judged by.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.there = folder, entries(folder)
         self._named = {"column.json", CAPTIONS_NAME}
         self._unreadable = set[str]()
+        self.taken_back_facts = set[str]()
         for match in filter(None, map(TAKEN_BACK.fullmatch, self.there)):
-            if f"{match[1]}.json" not in self.there:
-                self._named |= taken_back_files(folder, match[1])
+            if f"{match[1]}.json" in self.there:
+                continue
+            if record := taken_back_record(folder, match[1]):
+                self._named |= {match[0], record.tar, record.index}
+                self.taken_back_facts |= {record.facts} - {""}
 
     def claim(self, shard: int, record: CommitRecord | None) -> None:
         """Take out what a shard's record names; all of the shard where it can't be read."""
@@ -135,6 +142,11 @@ class ColumnFiles:
             self._unreadable.add(stem)
         else:
             self._named |= {record.tar, record.index}
+
+    def missing(self, record: CommitRecord) -> list[str]:
+        """Return which of the files that a record names are not there."""
+        unlisted = [name for name in (record.tar, record.index) if name not in self.there]
+        return [name for name in unlisted if not (self.folder / name).exists()]  # not even by now
 
     def orphans(self) -> list[Found]:
         """Return what no record names, sorted by name; a record taken back meanwhile is gone."""

@@ -18,7 +18,7 @@ from pipeline.captions import CAPTIONS_NAME
 from pipeline.checks import FACTS_FILE
 from pipeline.duplicates import DUPLICATES_NAME
 from pipeline.files import is_local, map_ahead, sync_folder
-from pipeline.orphans import RECORD, SHARD_FILE, TEMPORARY, Found, taken_back_files
+from pipeline.orphans import RECORD, SHARD_FILE, TEMPORARY, Found, taken_back_record
 from pipeline.publish import locked_folder
 from pipeline.records import read_record
 from pipeline.sweep import progress_bar
@@ -166,7 +166,9 @@ def reason_to_keep(orphan: Orphan, min_age_s: float) -> str:
         return "its commit record can't be read"
     if record is not None:
         return "committed meanwhile" if path.name in (record.tar, record.index) else ""
-    return "taken back meanwhile" * (path.name in taken_back_files(path.parent, shard[1]))
+    kept = taken_back_record(path.parent, shard[1])
+    is_needed = kept is not None and path.name in (kept.tar, kept.index)
+    return "taken back meanwhile" if is_needed else ""
 
 
 def remove_whole(holding: Holding, bar: Any) -> None:

@@ -35,6 +35,7 @@ from pipeline.records import (
     first_error,
     record_problems,
     records_or_errors,
+    repair,
 )
 from pipeline.speed import Speed, mean_clip_s
 from pipeline.sweep import command_parser, one_line_errors
@@ -124,6 +125,10 @@ def column_status(
             continue
         files.claim(shard, record)
         problems += record_problems(column, shard, record, rows_per_shard, None)
+        problems += (
+            f"{column.path / name} is missing though committed; {repair(column, shard)}"
+            for name in files.missing(record)
+        )
         totals.add(record)
         speed.add(shard, record)
         hosts[record.host or "unknown"] += 1

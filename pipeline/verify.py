@@ -1,8 +1,9 @@
 """``python -m pipeline.verify DIR [--full] [--reencode N]``: is a data set what it says it is?
 
 Quick by default: every commit record against the plan, every index and the size of every tar
-against the record, all facts against plan and columns. ``--full`` also reads every tar once, front
-to back: each byte of it follows from the plan's keys, the index and the payloads' checksums.
+against the record, all facts against plan and columns. ``--full`` also reads every page of all
+tables, and every tar once, front to back: each byte of it follows from the plan's keys, the index
+and the payloads' checksums.
 ``--reencode`` encodes random rows again, as only that can tell whether a column still comes from
 its source. Holds one shard's index and one payload at a time, of an object store some more.
 """
@@ -35,7 +36,9 @@ def main() -> None:
     parser = command_parser(
         "verify", "Compare a data set with its plan, its commit records and its checksums."
     )
-    parser.add_argument("--full", action="store_true", help="read every byte of every tar")
+    parser.add_argument(
+        "--full", action="store_true", help="read every byte of every tar and table"
+    )
     parser.add_argument("--columns", help="modalities or column folders, comma-separated")
     parser.add_argument(
         "--reencode",
@@ -80,7 +83,7 @@ def verify(
         root: the data set's folder.
         report: called with every finding.
         wanted: modalities or column directories; None is all.
-        full: whether the tars are read.
+        full: whether tars and tables are read whole.
 
     Returns:
         ``columns``: for each its name, shards, shards_planned, rows, ok, bytes and findings;
@@ -91,6 +94,7 @@ def verify(
     """
     plan = fmt.read_plan(root)
     table = PlanTable(root, plan)
+    check_tables(table, full, report)
     checks = []
     for name in choose_columns(root, wanted):
         try:
@@ -100,7 +104,7 @@ def verify(
             report(Finding(str(error)))
     texts = [check for check in checks if check.column.spec.modality == "text"]
     clips = [check for check in checks if check.column.spec.modality != "text"]
-    facts = FactsCheck(root, report) if clips else None
+    facts = FactsCheck(root, report, full) if clips else None
     with progress_bar(sum(check.num_committed for check in checks), "shard") as bar:
         captions = [check_text(check, bar) for check in texts]
         shards = planned_shards(table, len(plan.shard_rows()), bool(captions), report)
@@ -120,6 +124,16 @@ def verify(
         "columns": [check.summary() for check in checks],
         "facts": facts.summary() if facts else [],
     }
+
+
+def check_tables(table: PlanTable, full: bool, report: Report) -> None:
+    """Check that the plan's captions are there and, with ``full``, every page of its tables."""
+    try:
+        table.captions(0)
+        if full:
+            table.read_through()
+    except fmt.FormatError as error:
+        report(Finding(str(error)))
 
 
 class PlannedShard(NamedTuple):

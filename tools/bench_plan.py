@@ -2,8 +2,8 @@
 
 Writes a Parquet table of made-up clips, and plans it in child processes, as ``pipeline.encode``
 would: once into an empty folder, once more with nothing changed. Then every shard gets a commit
-record without a tar, which is all that ``pipeline.status`` and ``pipeline.encode`` look at when
-nothing is left to encode. No media are needed.
+record with files that are empty: ``pipeline.status`` and ``pipeline.encode`` look at no more than
+their names when nothing is left to encode. No media are needed.
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def commit_all(root: Path) -> int:
                 "channels": {"count": 0, "sum": [0.0] * 16, "sum_of_squares": [0.0] * 16},
             }
             (column.path / f"{stem}.json").write_text(json.dumps(record))
+            for name in (record["tar"], record["index"]):
+                (column.path / name).touch()
             count += 1
     return count
 

@@ -18,6 +18,7 @@ from pipeline.facts_check import FactsCheck, Judged
 from pipeline.plan_table import PlanTable
 from pipeline.verify import verify
 from tests.pipeline.encoded import SETTINGS, Encoded, record_films
+from tests.train.columns import flip_last_byte
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +96,13 @@ def test_file_that_cannot_be_read_is_named(encoded, data):
     (finding,), summary = check(encoded)
     assert finding.message.startswith(f"{path} can't be read") and summary[0]["findings"] == 1
     assert "\n" not in finding.message and "encode again" in finding.message
+
+
+def test_a_flipped_byte_of_facts_is_found_by_full(encoded):
+    flip_last_byte(encoded.facts / "000001.parquet", "content_hash")
+    found = []
+    verify(encoded.root, found.append, full=True)
+    assert ["000001.parquet can't be read" in finding.message for finding in found] == [True]
 
 
 def test_file_cut_off_anywhere_is_named(encoded):

@@ -408,6 +408,16 @@ def test_facts_that_records_name_go_only_with_them(dataset, video):
     assert {name.split("/")[0] for name in gone} == {"facts@probe-11111111", video.name}
 
 
+def test_facts_by_which_a_shard_taken_back_was_judged_stay(dataset, video):
+    (dataset.root / "facts@probe-a").mkdir()
+    record = video / "000001.json"
+    write_json(record, {**read_json(record), "facts": "facts@probe-a"})
+    take_back(open_column(dataset.root, video.name, dataset.plan.plan_id), 1)
+    make_older(dataset.root)
+    with pytest.raises(FormatError, match="is named by the commit records of video@test"):
+        collect(dataset.root, ["facts@probe-a"], DAY_S)
+
+
 def test_facts_that_a_damaged_record_may_name_stay(dataset, video):
     facts = dataset.root / "facts@probe-11111111"
     facts.mkdir()

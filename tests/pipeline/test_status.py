@@ -207,6 +207,14 @@ def test_damaged_column_and_summary_are_named(dataset):
     assert [str(p) in problem for p, problem in zip((path, summary), problems, strict=True)]
 
 
+@pytest.mark.parametrize("name", ["000001.tar", "000001.idx.npy"])
+def test_file_that_is_missing_though_committed_is_named(dataset, name):
+    path = dataset.root / dataset.spec("text").directory / name
+    path.unlink()
+    (problem,) = data_set_status(dataset.root)["problems"]
+    assert problem.startswith(f"{path} is missing though committed; remove ")
+
+
 def test_folder_that_a_removed_column_left_empty_is_no_column(dataset):
     folder = dataset.root / "video@gone-12345678"
     folder.mkdir()  # as stores that list folders without files do

@@ -19,7 +19,7 @@ from pipeline.format import STATUS_CODE, FormatError, read_json
 from pipeline.shards import ShardWriter, create_column, member_header
 from pipeline.tables import write_parquet
 from pipeline.verify import verify
-from tests.train.columns import Dataset
+from tests.train.columns import Dataset, flip_last_byte
 
 
 def write_captions(dataset, captions=None):
@@ -257,6 +257,27 @@ def test_damaged_captions_are_named_and_the_rest_still_checked(dataset, damage):
     (folder_of(dataset, "text") / "000002.tar").unlink()
     first, second = findings(dataset)
     assert str(path) in first.message and "000002" in second.message
+
+
+@pytest.mark.parametrize("damage", ["gone", "short"])
+def test_captions_of_the_plan_are_checked(dataset, damage):
+    path = dataset.root / "captions.parquet"
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-50])
+    for wanted in (None, ["video"]):
+        (finding,) = findings(dataset, wanted=wanted)
+        assert finding.message.startswith(f"{path} can't be read") and "restore" in finding.message
+
+
+def test_a_flipped_byte_of_a_table_is_found_by_full(dataset):
+    for name in ("plan.parquet", "captions.parquet"):
+        whole = flip_last_byte(dataset.root / name, "key")
+        found = findings(dataset, full=True)
+        assert name in found[0].message and "CRC checksum" in found[0].message
+        (dataset.root / name).write_bytes(whole)
+    assert not findings(dataset, full=True)
 
 
 # -- full: every byte of the tars

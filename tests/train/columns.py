@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.format import (
     OK,
@@ -125,6 +126,16 @@ class Dataset:
         table = pa.table(columns)
         with parquet_writer(self.root / "plan.parquet", table.schema) as writer:
             writer.write_table(table, row_group_size=self.shard_size)
+        rows = range(self.num_captions)
+        captions = pa.table(
+            {
+                "row": pa.array(rows, pa.int64()),
+                "key": [f"caption{row:05d}" for row in rows],
+                "caption": ["", *(f"caption {row}" for row in rows[1:])],
+            }
+        )
+        with parquet_writer(self.root / "captions.parquet", captions.schema) as writer:
+            writer.write_table(captions, row_group_size=self.captions_per_shard)
         write_plan(self.root, self.plan)
 
     def write_column(self, modality: str) -> Column:
@@ -153,3 +164,13 @@ class Dataset:
             else (self.key(clip), values(clip), OK)
             for clip in self.shard_clips(shard)
         ]
+
+
+def flip_last_byte(path: Path, column: str) -> bytes:
+    """Flip a bit of the last page of a column in a parquet file; return the whole content."""
+    whole, group = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(0)
+    chunks = {group.column(n).path_in_schema: group.column(n) for n in range(group.num_columns)}
+    chunk = chunks[column]
+    end = (chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 1
+    path.write_bytes(whole[:end] + bytes([whole[end] ^ 1]) + whole[end + 1 :])
+    return whole
