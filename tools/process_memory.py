@@ -94,7 +94,7 @@ def _certainty(role: str) -> int:
     """Rate names: a worker gets its actor's only after a while, and loses it while it ends."""
     if not role:
         return 0
-    if role.startswith("python") or role == "default_worker.py":
+    if role.startswith("python") or role in ("default_worker.py", "setup_worker.py"):
         return 1
     return 2 if role == "ray::IDLE" else 3
 
