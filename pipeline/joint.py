@@ -74,8 +74,10 @@ class ShardRows:
         entry = self.index[row]
         array = read_array(self._column, self._path, entry)
         if array is None:
+            is_there = self._path.exists()
+            what = "crc32c is another, or the file ends before" if is_there else "it is missing"
             raise fmt.FormatError(
-                f"{self._path} row {row} ({key}): crc32c is another, or the file ends before; "
+                f"{self._path} row {row} ({key}): {what}; "
                 f"expected {entry['crc32c']:08x} of {entry['nbytes']} bytes at {entry['offset']}; "
                 f"{repair(self._column, self._shard)}"
             )

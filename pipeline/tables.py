@@ -54,6 +54,8 @@ def parquet_writer(path: Path, schema: pa.Schema) -> Iterator[pq.ParquetWriter]:
 
     Without statistics: nothing asks for them, and those of many row groups make a large footer.
     """
-    options = {"write_statistics": False, "write_page_checksum": True}
-    with writing(path) as file, pq.ParquetWriter(file, schema, **options) as writer:
+    with (
+        writing(path) as file,
+        pq.ParquetWriter(file, schema, write_statistics=False, write_page_checksum=True) as writer,
+    ):
         yield writer

@@ -182,7 +182,7 @@ def test_text_of_the_clip_is_named_where_it_is_damaged(dataset, out):
 def test_missing_file_is_named(dataset, out, ending):
     path = dataset.root / dataset.spec("video").directory / f"000001{ending}"
     path.unlink()
-    with pytest.raises(FormatError, match=rf"{path.name}.*run pipeline\.encode again"):
+    with pytest.raises(FormatError, match=rf"{path.name}.* is missing.*run pipeline\.encode again"):
         pack(dataset.root, out, ALL, "error")
 
 
