@@ -130,7 +130,7 @@ class RemoteFolder:
         except (ImportError, ValueError) as error:
             raise ConfigError(
                 f"{root} can't be opened: {scrubbed(error)}. For s3:// install the extra: "
-                "pip install 'av-latents[s3]'; for others the package that fsspec names"
+                "pip install -e '.[s3]'; for others the package that fsspec names"
             ) from None
         except Exception as error:  # some connect at once, with exceptions of their own
             raise ConfigError(

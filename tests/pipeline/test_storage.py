@@ -141,7 +141,7 @@ def test_relative_folder_is_made_absolute(tmp_path, monkeypatch):
 
 
 def test_url_of_an_unknown_kind_says_what_is_missing():
-    with pytest.raises(ConfigError, match=r"nonsense.*pip install 'av-latents\[s3\]'"):
+    with pytest.raises(ConfigError, match=r"nonsense.*pip install -e '\.\[s3\]'"):
         open_folder("nonsense://bucket")
 
 
