@@ -204,7 +204,9 @@ def test_a_second_audio_setting_adds_one_column_and_touches_nothing(dataset, cli
     done = encode(clips, out, "--columns", "audio", settings=[*SETTINGS, "audio.codec.channels=12"])
     assert done.returncode == 0, done.stderr
     after = all_files(out)
-    assert {path: after[path] for path in before} == before
+    # That tells for which columns duplicates were settled last.
+    kept = {path for path in before if not path.endswith("/duplicates.parquet")}
+    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
     added = {path.split("/")[0] for path in set(after) - set(before)}
     assert len(added) == 1
     assert added.pop().startswith("audio@logmel-")
