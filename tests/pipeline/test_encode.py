@@ -1,6 +1,7 @@
 """The encode command as a user runs it: real Ray, real files, real kills.
 
-Slow is what ``test_encoder.py`` and ``test_hard_clips.py`` show, too, without the command.
+Slow is what ``test_encoder.py``, ``test_plan.py`` and ``test_hard_clips.py`` show, too, without the
+command, or ``tests/tools/test_chaos.py`` with it.
 """
 
 import hashlib
@@ -157,6 +158,7 @@ def test_a_finished_run_does_nothing_again(dataset, clips):
     assert all_files(dataset) == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(dataset, clips, tmp_path):
     out = tmp_path / "shards"
     process = start_encode(clips, out)
@@ -170,6 +172,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(dataset, clips, tmp_path):
     assert not list(out.glob("*@*/.*")), "temporaries of the killed run are left"
 
 
+@pytest.mark.slow
 def test_a_lost_encoder_is_replaced_and_its_shard_done_again(dataset, clips, tmp_path):
     out = tmp_path / "shards"
     process = start_encode(clips, out)
@@ -350,6 +353,7 @@ def test_flags_are_counted_and_cost_nothing(odd_clips, tmp_path):
     assert json.loads(summary.read_text())["flagged"] == flagged
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_nothing_half_written(clips, tmp_path):
     out = tmp_path / "small"
     out.mkdir()
@@ -500,6 +504,7 @@ def test_every_hard_clip_ends_with_a_typed_status(shared_clips, tmp_path):
         assert row["status"] not in ("decode_timeout", "decode_crash"), row["key"]
 
 
+@pytest.mark.slow
 def test_new_clips_are_appended_and_nothing_moves(clips, dataset, tmp_path):
     src, out = tmp_path / "clips", tmp_path / "shards"
     shutil.copytree(clips, src)

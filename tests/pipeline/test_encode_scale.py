@@ -70,6 +70,7 @@ def test_an_object_store_gets_the_same_bytes_as_a_disk_and_no_secret(clips, data
         assert b"hush-hush" not in told
 
 
+@pytest.mark.slow
 def test_drivers_at_once_share_a_data_set(clips, dataset, tmp_path):
     """Two have a shard each, on purpose; a third has both, by mistake."""
     out = tmp_path / "shards"
@@ -82,6 +83,7 @@ def test_drivers_at_once_share_a_data_set(clips, dataset, tmp_path):
     assert len(list(out.glob("runs/*/summary.json"))) == 3
 
 
+@pytest.mark.slow
 def test_limit_encodes_a_part_that_the_next_run_goes_on_with(clips, dataset, tmp_path):
     out = tmp_path / "shards"
     done = encode(clips, out, "--limit", "1", "--columns", "audio")
@@ -91,6 +93,7 @@ def test_limit_encodes_a_part_that_the_next_run_goes_on_with(clips, dataset, tmp
     assert json.loads(path.read_text())["clips"] == 4
 
 
+@pytest.mark.slow
 def test_every_row_of_vggsound_gets_its_place(shared_clips, tmp_path):
     """Almost all files are absent; those of the real clips that are among the rows are encoded."""
     source = tmp_path / "vggsound"

@@ -175,11 +175,10 @@ def test_a_command_that_fails_by_itself_is_a_problem_and_not_repeated_for_ever(
 
 
 def test_a_command_that_hangs_is_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(hit_runs, "MAX_COMMAND_S", 0.5)
+    monkeypatch.setattr(hit_runs, "MAX_COMMAND_S", 0)
     command = hit_runs.Command(tmp_path, tmp_path / "out", "nowhere", tmp_path / "log")
     with pytest.raises(hit_runs.ChaosError, match="hung"):
-        while True:
-            command.poll()
+        command.poll()
     assert command.process.poll() is not None
 
 
