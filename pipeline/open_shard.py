@@ -32,6 +32,7 @@ from pipeline.checks import (
     with_facts,
     write_facts,
 )
+from pipeline.codecs import stored
 from pipeline.jobs import FailedClip, Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, Decoded
 from pipeline.old_rows import best_facts, never_worse, open_old_rows
@@ -162,14 +163,14 @@ class OpenShard:
 
         What it finds is no fact about the clip: another codec may do.
         """
-        problem, latent = encoded.problem, None
+        started, problem, latent = time.perf_counter(), encoded.problem, None
         if encoded.latent is not None:
             latent, problem = self._stored_latent(row, modality, encoded.latent)
         if problem is not None:
             row.problems[modality] = problem
         elif latent is not None:
             row.latents[modality] = latent
-        row.encode_s += encoded.seconds
+        row.encode_s += encoded.seconds + time.perf_counter() - started
         row.waiting.remove(modality)
 
     def write(self) -> list[Row]:
@@ -312,15 +313,14 @@ class OpenShard:
             found = f"{row.lengths[modality]} {'frames' if is_video else 'samples'}"
             needed = (decode.fps if is_video else decode.sample_rate) / spec.rate_hz
             return None, ("too_short", f"{found}, expected {needed:g} for one latent at least")
-        with np.errstate(over="ignore"):  # found below
-            stored = np.ascontiguousarray(latent, dtype=spec.dtype)
-        if not np.isfinite(stored).all():
+        kept = stored(latent, spec.dtype)
+        if not np.isfinite(kept).all():
             peak = float(np.abs(np.nan_to_num(latent, posinf=np.inf, neginf=-np.inf)).max())
             return None, (
                 "nonfinite",
-                f"a {modality} latent of {peak:.3g}, expected what {stored.dtype} can hold",
+                f"a {modality} latent of {peak:.3g}, expected what {kept.dtype} can hold",
             )
-        return stored, None
+        return kept, None
 
     def _count(self, row: Row, write_s: float) -> None:
         problems = row.problems

@@ -17,7 +17,7 @@ from pipeline import format as fmt
 from pipeline.batching import encode_filled
 from pipeline.captions import caption_key
 from pipeline.checks import read_facts
-from pipeline.codecs import Codec, build_codec
+from pipeline.codecs import Codec, build_codec, stored
 from pipeline.config import DECODER_VERSION
 from pipeline.findings import Finding, Report
 from pipeline.joint import ShardRows
@@ -136,27 +136,26 @@ class EncodedAgain:
         self, shard: int, row: int, key: str, media: Any, decoded: Decoded | None = None
     ) -> None:
         try:
-            stored = self._rows[shard].array(row, key)
+            there = self._rows[shard].array(row, key)
         except fmt.FormatError as error:
             self._report(Finding(str(error)))
             return
         batch = self._column.spec.preprocessing.get("batch", 1)
         latent = encode_filled(self._codec, [media], batch)[0]
-        with np.errstate(over="ignore"):  # infinity then differs from what is stored
-            now = np.ascontiguousarray(latent, dtype=self._column.spec.dtype)
+        now = stored(latent, self._column.spec.dtype)
         self.compared.checked += 1
-        if now.shape == stored.shape and now.tobytes() == stored.tobytes():
+        if now.shape == there.shape and now.tobytes() == there.tobytes():
             self.compared.equal += 1
             return
-        if now.shape != stored.shape:
-            found = f"shape {now.shape}, expected {stored.shape}"
+        if now.shape != there.shape:
+            found = f"shape {now.shape}, expected {there.shape}"
         else:
-            difference = np.abs(now.astype(np.float64) - stored)
+            difference = np.abs(now.astype(np.float64) - there)
             largest = float(difference.max())
             self.compared.largest_difference = max(self.compared.largest_difference, largest)
             found = (
                 f"{np.count_nonzero(difference)} of {now.size} values differ, at most by "
-                f"{largest:.3g} (stored up to {float(np.abs(stored).max()):.3g})"
+                f"{largest:.3g} (stored up to {float(np.abs(there).max()):.3g})"
             )
         self._find(shard, row, key, f"encoded again: {found}", decoded)
 
