@@ -203,7 +203,7 @@ def stop_if_too_many_failed(report: RunReport, limit: float) -> None:
     if report.clips_done >= MIN_CLIPS_FOR_STOP and report.failed_share > limit:
         raise ConfigError(
             f"{report.failed_share:.0%} of {report.clips_done} clips failed, more than "
-            f"max_failed_share={limit:g}; causes are in {report.folder}/events.jsonl"
+            f"max_failed_share={limit:g}; causes are in {report.folder / 'report.html'}"
         )
 
 
@@ -214,8 +214,9 @@ def too_many_failed(totals: dict[str, Totals], config: EncodeConfig) -> str | No
         if failed > config.max_failed_share * total.rows:
             return (
                 f"{failed} of {total.rows} rows of {name} failed, more than "
-                f"max_failed_share={config.max_failed_share:g}; every cause is in "
-                "runs/*/events.jsonl. Once mended, run the command with --retry-failed"
+                f"max_failed_share={config.max_failed_share:g}; the causes are in "
+                "runs/*/report.html. Mend them and add --retry-failed, or raise max_failed_share; "
+                "--columns leaves out what clips don't have"
             )
     return None
 

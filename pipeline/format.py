@@ -380,7 +380,7 @@ def find_column(root: Path, modality: str, wanted: str | None, plan_id: str) -> 
     if not found:
         what = f"{modality} column {wanted!r}" if wanted else f"{modality} column"
         raise FormatError(f"{root} has no {what}; there: {there}")
-    raise FormatError(f"{wanted or modality!r} fits several columns ({there}); name one of them")
+    raise FormatError(f"{wanted or modality!r} fits several columns: {there}; name one")
 
 
 def check_key(key: str) -> str:

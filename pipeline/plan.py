@@ -185,7 +185,10 @@ def _check_plan(root: Path, source: Source, config: EncodeConfig) -> fmt.Plan:
         fmt.write_plan(root, plan)
         return plan
     details += _other_clips(root, plan, draft.clips["key"])
-    what = "; ".join(details) or "captions, labels, splits or lengths of clips differ"
+    what = "; ".join(details) or (
+        "captions, labels, splits or lengths of clips differ, which the source and the settings "
+        "clip, windows and caption_template decide"
+    )
     raise ConfigError(
         f"--out {root} holds plan {plan.plan_id} of {plan.source.get('root')}, this run would "
         f"make plan {_plan_id(clips_hash, config)}: {what}. Use another --out, or the settings of "

@@ -112,7 +112,8 @@ def build(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
             if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
                 lines.append(f"unknown setting {name[:80]!r}{nearest(cls, item['loc'])}")
             else:
-                lines.append(f"setting {name[:80]!r}: {item['msg']}, got {item['input']!r:.80}")
+                what = item["msg"].removeprefix("Value error, ")
+                lines.append(f"setting {name[:80]!r}: {what}, got {item['input']!r:.80}")
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
 
 

@@ -63,7 +63,8 @@ def build_codec(codec: dict[str, Any], preprocessing: dict[str, Any]) -> Codec:
     settings = dict(codec)
     name = settings.pop("name", None)
     if name not in CODECS:
-        raise FormatError(f"codec {name!r} is unknown to this version; known: {', '.join(CODECS)}")
+        known = ", ".join(sorted(CODECS))
+        raise FormatError(f"codec {name!r} is unknown to this version; known: {known}")
     try:
         return CODECS[name](preprocessing, **settings)
     except (KeyError, TypeError, ValueError) as error:

@@ -300,7 +300,7 @@ def test_column_json_is_enough_to_build_the_codec_again():
 
 
 def test_unknown_codec_lists_the_known():
-    with pytest.raises(FormatError, match=r"'vae' is unknown.*dct, logmel, hash"):
+    with pytest.raises(FormatError, match=r"'vae' is unknown.*dct, hash, logmel"):
         build_codec({"name": "vae"}, VIDEO)
 
 
