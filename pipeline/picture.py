@@ -52,10 +52,12 @@ def decode_picture(
         settings: frame rate, sizes, fit.
 
     Raises:
-        ClipError: ``truncated``: not one frame can be decoded.
+        ClipError: ``unreadable``: it is encrypted. ``truncated``: not one frame can be decoded.
     """
     if video.track.encrypted:
-        raise ClipError("truncated", "the picture is encrypted (DRM), expected an unprotected file")
+        raise ClipError(
+            "unreadable", "the picture is encrypted (DRM), expected an unprotected file"
+        )
     instants = first_s + np.arange(count) / settings.fps
     chosen = np.searchsorted(video.pts_s, instants + CLOCK_TOLERANCE_S, side="right") - 1
     chosen = np.maximum(chosen, 0)

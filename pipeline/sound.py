@@ -61,10 +61,10 @@ def decode_sound(
             channels on each side, with the centre.
 
     Raises:
-        ClipError: ``truncated``: not one sample can be decoded.
+        ClipError: ``unreadable``: it is encrypted. ``truncated``: not one sample can be decoded.
     """
     if audio.track.encrypted:
-        raise ClipError("truncated", "the sound is encrypted (DRM), expected an unprotected file")
+        raise ClipError("unreadable", "the sound is encrypted (DRM), expected an unprotected file")
     rate_hz, num_rows = audio.sample_rate, 1 if channels == 1 else channels + 1  # and mono
     native = np.zeros((num_rows, round(duration_s * rate_hz)), dtype=np.float32)
     covered, begins_s = np.zeros(native.shape[1], dtype=bool), audio.start_s + MAX_PRIMING_S

@@ -44,7 +44,7 @@ def unreadable(reason):
 MPEG_H = unreadable("sound in MPEG-H, for which FFmpeg has no decoder, and no picture")
 MPEG_H_TS = unreadable("MPEG-H in a transport stream: FFmpeg guesses mp3 and finds no frame of it")
 SUBTITLES = unreadable("subtitles and nothing else")
-ENCRYPTED = Expected("truncated", "no_audio", "encrypted: FFmpeg decodes grey garbage of it")
+ENCRYPTED = Expected("unreadable", "no_audio", "encrypted: FFmpeg decodes grey garbage of it")
 QUIET = "the talking head whose sound stays below -60 dBFS"
 
 EXPECTED = {
