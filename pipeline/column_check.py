@@ -137,7 +137,7 @@ class ColumnCheck:
         totals = vars(self._totals)
         return {
             "column": self.column.path.name,
-            **{name: totals[name] for name in ("shards", "rows", "ok", "bytes")},
+            **{name: totals[name] for name in ("shards", "rows", "ok", "statuses", "bytes")},
             "shards_planned": len(self.rows_per_shard),
             "findings": self._num_findings,
         }

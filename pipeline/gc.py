@@ -30,6 +30,7 @@ from pipeline.orphans import (
 from pipeline.records import records_or_errors
 from pipeline.removal import Holding, Orphan, is_part_of_column, is_part_of_facts, remove
 from pipeline.sweep import command_parser, one_line_errors
+from pipeline.wording import age_text, counted, size_text
 
 MIN_AGE_HOURS = 24.0
 SHOWN = 10
@@ -221,46 +222,36 @@ def check_removable(listing: Listing, holding: Holding, names: set[str]) -> None
 
 
 def as_text(listing: Listing) -> str:
-    """Return the listing as lines for a person."""
-    lines = ["columns and facts (removed only if named by --columns):"]
-    for holding in listing.holdings:
-        named_by = sum(listing.named_by.get(holding.path.name, {}).values())
-        named = f", named by {named_by} commit records" if holding.is_facts else ""
-        state = f": {holding.state}" if holding.is_chosen else ""
-        lines.append(f"  {holding.path.name}  {described(holding)}{named}{state}")
+    """Return the listing as lines for a person: first what can go."""
+    lines = []
     for state in ("removable", "removed", "kept"):
         some = [orphan for orphan in listing.orphans if orphan.state == state]
         if some or state == "removable":
-            total = sum(orphan.num_bytes for orphan in some)
-            lines.append(f"files that no commit record names, {state}: {len(some)}, {mb(total)}")
+            total = size_text(sum(orphan.num_bytes for orphan in some))
+            lines.append(f"files that no commit record names, {state}: {len(some):,}, {total}")
         for orphan in some[:SHOWN]:
             why = f" ({orphan.kept})" if orphan.kept else ""
             lines.append(f"  {orphan.told(listing.root)['file']}  {described(orphan)}{why}")
-        lines += [f"  … {len(some) - SHOWN} more"] * (len(some) > SHOWN)
+        lines += [f"  … {len(some) - SHOWN:,} more"] * (len(some) > SHOWN)
+    lines.append("columns and facts (removed only if named by --columns):")
+    for holding in listing.holdings:
+        named_by = sum(listing.named_by.get(holding.path.name, {}).values())
+        named = f", named by {counted(named_by, 'commit record')}" if holding.is_facts else ""
+        state = f": {holding.state}" if holding.is_chosen else ""
+        lines.append(f"  {holding.path.name}  {described(holding)}{named}{state}")
     removable, removed = listing.num_bytes("removable"), listing.num_bytes("removed")
     if any(item.state == "removable" for item in listing.items):
-        lines.append(f"nothing was removed; --yes removes {mb(removable)}")
+        lines.append(f"nothing was removed; --yes removes {size_text(removable)}")
     else:
-        lines.append(f"removed: {mb(removed)}" if removed else "nothing to remove")
+        lines.append(f"removed: {size_text(removed)}" if removed else "nothing to remove")
     return "\n".join([*lines, *(f"damaged: {problem}" for problem in listing.problems)])
 
 
 def described(item: Orphan | Holding) -> str:
     """Return size and age of something."""
     age = "age unknown" if item.age_s is None else f"{age_text(item.age_s)} old"
-    shards = f"{item.num_shards} shards, " if isinstance(item, Holding) else ""
-    return f"{shards}{mb(item.num_bytes)}, {age}"
-
-
-def age_text(age_s: float) -> str:
-    """Return an age in hours, or in days where they are many."""
-    hours = age_s / 3600
-    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:,.1f} days"
-
-
-def mb(num_bytes: int) -> str:
-    """Return a size in MB."""
-    return f"{num_bytes / 1e6:,.1f} MB"
+    shards = f"{counted(item.num_shards, 'shard')}, " if isinstance(item, Holding) else ""
+    return f"{shards}{size_text(item.num_bytes)}, {age}"
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ from pipeline.records import (
 )
 from pipeline.speed import Speed, mean_clip_s
 from pipeline.sweep import command_parser, one_line_errors
+from pipeline.tally import failures
+from pipeline.wording import age_text, counted, duration_text, rate_text, size_text
 
 RUNS_SHOWN = 5
 ORPHANS_SHOWN = 10
@@ -193,44 +195,62 @@ def as_text(status: dict[str, Any]) -> str:
     plan = status["plan"]
     source = " ".join(str(plan["source"].get(name, "")) for name in ("kind", "root")).strip()
     lines = [
-        f"{status['dir']}: plan {plan['plan_id']} of {source}: {plan['clips']} clips in "
-        f"{plan['shards']} shards, {plan['captions']} captions"
+        f"{status['dir']}: plan {plan['plan_id']} of {source}: {counted(plan['clips'], 'clip')} "
+        f"in {counted(plan['shards'], 'shard')}, {counted(plan['captions'], 'caption')}"
     ]
     for column in status["columns"]:
         lines += ["", *column_lines(column)]
-    lines += ["", *(f"{f['name']}: {f['shards']} shards, {f['bytes'] / 1e6:,.1f} MB"
-                    for f in status["facts"])]  # fmt: skip
+    lines.append("")
+    for facts in status["facts"]:
+        shards, size = counted(facts["shards"], "shard"), size_text(facts["bytes"])
+        lines.append(f"{facts['name']}: {shards}, {size}")
     runs = status["runs"]
     lines.append(f"runs: {runs['count']}")
     for run in runs["last"]:
-        counts = f", {run['clips']} clips in {run['seconds']:,.0f} s" if "clips" in run else ""
-        lines.append(f"  {run['run_id']}  {run['outcome']}{counts}")
+        lines.append(f"  {run['run_id']}  {run['outcome']}{run_text(run)}")
     orphans = status["orphans"]
-    total = sum(orphan["bytes"] for orphan in orphans)
-    lines.append(f"files that no commit record names: {len(orphans)}, {total / 1e6:,.1f} MB")
+    total = size_text(sum(orphan["bytes"] for orphan in orphans))
+    lines.append(f"files that no commit record names: {len(orphans):,}, {total}")
     for orphan in orphans[:ORPHANS_SHOWN]:
-        age = "" if orphan["age_s"] is None else f", {orphan['age_s']:,.0f} s old"
-        lines.append(f"  {orphan['file']}  {orphan['bytes'] / 1e6:,.1f} MB{age}")
-    lines += [f"  … {len(orphans) - ORPHANS_SHOWN} more"] * (len(orphans) > ORPHANS_SHOWN)
+        age = "" if orphan["age_s"] is None else f", {age_text(orphan['age_s'])} old"
+        lines.append(f"  {orphan['file']}  {size_text(orphan['bytes'])}{age}")
+    lines += [f"  … {len(orphans) - ORPHANS_SHOWN:,} more"] * (len(orphans) > ORPHANS_SHOWN)
     return "\n".join([*lines, *(f"damaged: {problem}" for problem in status["problems"])])
+
+
+def run_text(run: dict[str, Any]) -> str:
+    """Return what a run did, or "" where it left no summary."""
+    if "clips" not in run:
+        return ""
+    clips, took = counted(run["clips"], "clip"), duration_text(run["seconds"])
+    return f", {clips} in {took}, {rate_text(run['clips_per_s'])} clips/s with start-up"
+
+
+def causes(counts: Counter[str]) -> str:
+    """Return the counts by status, in brackets, or "" where there are none."""
+    listed = ", ".join(f"{name} {count:,}" for name, count in sorted(counts.items()))
+    return f" ({listed})" if listed else ""
 
 
 def column_lines(column: dict[str, Any]) -> list[str]:
     """Return the lines about one column."""
-    failed = {name: count for name, count in column["statuses"].items() if name != "ok"}
-    causes = ", ".join(f"{name} {count}" for name, count in sorted(failed.items()))
+    failed = failures(Counter(column["statuses"]))
+    dropped = Counter(column["statuses"]) - failed - Counter(ok=column["ok"])
+    rows = [f"{column['ok']:,} ok", f"{failed.total():,} failed{causes(failed)}"]
+    if dropped:
+        rows.append(f"{dropped.total():,} dropped{causes(dropped)}")
     lines = [
         column["name"],
-        f"  shards   {column['shards']} of {column['shards_planned']} committed, "
-        f"{column['bytes'] / 1e6:,.1f} MB",
-        f"  rows     {column['ok']} ok, {column['rows'] - column['ok']} failed"
-        + f": {causes}" * bool(causes),
+        f"  shards   {column['shards']:,} of {column['shards_planned']:,} committed, "
+        f"{size_text(column['bytes'])}",
+        f"  rows     {'; '.join(rows)}",
     ]
     if speed := column["speed"]:
         encoder, hours = speed["clips_per_encode_s"], speed["hours_per_hour"]
         lines.append(
             f"  speed    {speed['clips_per_s']:,.2f} ok rows/s per cell over "
-            f"{speed['seconds']:,.0f} s (median shard {speed['clips_per_s_median_shard']:,.2f}, "
+            f"{duration_text(speed['seconds'])}, without start-up "
+            f"(median shard {speed['clips_per_s_median_shard']:,.2f}, "
             f"slowest {speed['clips_per_s_slowest_shard']:,.2f}, shard {speed['slowest_shard']})"
             + (f", codecs alone {encoder:,.2f}" if encoder else "")
             + (f", {hours:,.1f} h of {column['modality']} an hour" if hours else "")

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,7 +18,9 @@ from pipeline.files import NoRoomError
 from pipeline.format import FormatError
 from pipeline.settings import ConfigError
 from pipeline.storage import scrubbed
+from pipeline.wording import counted, duration_text
 
+LOG_INTERVAL_S = 10.0
 INTERRUPTED = 130  # how shells tell that Ctrl-C ended a program: 128 + SIGINT
 
 
@@ -28,10 +32,44 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def progress_bar(total: int, unit: str) -> tqdm:
-    """Return a bar on stderr; a log file gets a line every 10 s."""
-    interval_s = 0.5 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, unit=unit, file=sys.stderr, mininterval=interval_s)
+class ProgressLines:
+    """What a log gets instead of a bar: a line every 10 s and one at the end, where it took 10 s.
+
+    Args:
+        total: how many steps there are.
+        unit: what one is, such as "shard".
+    """
+
+    def __init__(self, total: int, unit: str) -> None:
+        self._total, self._unit, self._num_done = total, unit, 0
+        self._begun_s = self._shown_s = time.monotonic()
+
+    def __enter__(self) -> ProgressLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown_s > self._begun_s:
+            self._show(time.monotonic())
+
+    def update(self, num_steps: int = 1) -> None:
+        """Take in that so many steps are done."""
+        self._num_done += num_steps
+        now_s = time.monotonic()
+        if now_s - self._shown_s >= LOG_INTERVAL_S:
+            self._show(now_s)
+
+    def _show(self, now_s: float) -> None:
+        self._shown_s = now_s
+        took = duration_text(now_s - self._begun_s)
+        sys.stderr.write(f"{self._num_done:,} of {counted(self._total, self._unit)}, {took}\n")
+        sys.stderr.flush()
+
+
+def progress_bar(total: int, unit: str) -> Any:
+    """Return a bar on stderr; a log file gets a line every 10 s, without control characters."""
+    if sys.stderr.isatty():
+        return tqdm(total=total, unit=unit, file=sys.stderr, mininterval=0.5)
+    return ProgressLines(total, unit)
 
 
 @contextmanager

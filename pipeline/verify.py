@@ -29,6 +29,8 @@ from pipeline.findings import Finding, Report
 from pipeline.orphans import column_folders
 from pipeline.plan_table import PlanTable
 from pipeline.sweep import command_parser, one_line_errors, progress_bar
+from pipeline.tally import failures
+from pipeline.wording import size_text
 
 
 def main() -> None:
@@ -86,7 +88,8 @@ def verify(
         full: whether tars and tables are read whole.
 
     Returns:
-        ``columns``: for each its name, shards, shards_planned, rows, ok, bytes and findings;
+        ``columns``: for each its name, shards, shards_planned, rows, ok, statuses,
+        bytes and findings;
         ``facts``: for each folder its name, shards and findings.
 
     Raises:
@@ -222,16 +225,18 @@ def print_summary(
     """Print the closing tables: one line a column, a folder of facts, a column encoded again."""
     names = [*(one["column"] for one in columns), *(one["facts"] for one in facts)]
     width = max(map(len, ["column", *names]))
-    print(f"{'column':<{width}}  {'shards':>13}  {'ok':>9}  {'failed':>8}  {'MB':>11}  findings")
+    heads = f"{'shards':>13}  {'ok':>9}  {'failed':>8}  {'dropped':>8}  {'size':>10}  findings"
+    print(f"{'column':<{width}}  {heads}")
     for column in columns:
         shards = f"{column['shards']}/{column['shards_planned']}"
-        failed = column["rows"] - column["ok"]
+        failed = failures(column["statuses"]).total()
+        dropped = column["statuses"].total() - column["ok"] - failed
         print(
             f"{column['column']:<{width}}  {shards:>13}  {column['ok']:>9}  {failed:>8}  "
-            f"{column['bytes'] / 1e6:>11,.1f}  {column['findings']:>8}"
+            f"{dropped:>8}  {size_text(column['bytes']):>10}  {column['findings']:>8}"
         )
     for one in facts:
-        print(f"{one['facts']:<{width}}  {one['shards']:>13}  {'':>32}  {one['findings']:>8}")
+        print(f"{one['facts']:<{width}}  {one['shards']:>13}  {'':>41}  {one['findings']:>8}")
     for one in reencoded:
         causes = [f"{count} not ({why})" for why, count in one["not_checked"].items()]
         found = f"{one['checked']} rows encoded again, {one['equal']} gave the same bytes"

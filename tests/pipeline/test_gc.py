@@ -105,7 +105,9 @@ def test_without_yes_nothing_goes(dataset, video):
     assert {orphan["file"] for orphan in told["orphans"]} == orphaned
     assert told["removable_bytes"] == sum((dataset.root / name).stat().st_size for name in orphaned)
     assert told["removed_bytes"] == 0
-    assert "--yes removes" in run(dataset.root).stdout
+    shown = run(dataset.root).stdout
+    assert shown.startswith("files that no commit record names, removable: ")
+    assert ".000001.run-1.tmp  10 B, 2.0 days old" in shown and "--yes removes" in shown
 
 
 def test_yes_removes_and_says_so(dataset, video):

@@ -255,7 +255,8 @@ def test_command_prints_every_column_and_exits_0(dataset):
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("video", "audio", "text"):
         assert dataset.spec(name).directory in done.stdout
-    assert "38 ok, 2 failed: no_video 1, silent 1" in done.stdout
+    assert "38 ok; 1 failed (no_video 1); 1 dropped (silent 1)" in done.stdout
+    assert "40 clips in 5 shards, 7 captions" in done.stdout
 
 
 def test_json_is_json_alone_also_when_something_is_damaged(dataset):

@@ -1,13 +1,16 @@
 """However a command ends, it says so in one line."""
 
 import errno
+import io
+import sys
 
 import pytest
 
+from pipeline import sweep
 from pipeline.files import NoRoomError
 from pipeline.format import FormatError
 from pipeline.settings import ConfigError
-from pipeline.sweep import command_parser, one_line_errors
+from pipeline.sweep import command_parser, one_line_errors, progress_bar
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,26 @@ def test_mistakes_in_the_program_are_not_hidden():
 def test_commands_take_a_data_set_and_json():
     arguments = command_parser("status", "…").parse_args(["s3://b/x", "--json"])
     assert arguments.dir == "s3://b/x" and arguments.json
+
+
+def test_a_log_gets_a_line_now_and_then_and_one_at_the_end(monkeypatch):
+    log, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(sys, "stderr", log)
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    with progress_bar(2000, "shard") as bar:
+        for _ in range(25):
+            now[0] += 1
+            bar.update(80)
+    assert log.getvalue().splitlines() == [
+        "800 of 2,000 shards, 0:10",
+        "1,600 of 2,000 shards, 0:20",
+        "2,000 of 2,000 shards, 0:25",
+    ]
+
+
+def test_a_log_of_what_is_quick_has_no_progress(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", log)
+    with progress_bar(3, "shard") as bar:
+        bar.update(3)
+    assert log.getvalue() == ""

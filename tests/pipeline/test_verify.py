@@ -432,7 +432,7 @@ def test_command_prints_a_table_and_exits_0(dataset):
     done = run(dataset.root, "--full")
     assert done.returncode == 0 and "error" not in done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("video@")]
-    assert line.split()[1:4] == ["5/5", "38", "2"]
+    assert line.split()[1:5] == ["5/5", "38", "1", "1"]  # no_video, silent
 
 
 def test_command_prints_one_line_a_finding_and_exits_1(dataset):
