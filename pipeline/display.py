@@ -13,6 +13,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from pipeline.tally import Rates, Tally, failures
+from pipeline.wording import counted, duration_text, rate_text, size_text
 
 TERMINAL_INTERVAL_S = 0.5
 LOG_INTERVAL_S = 20.0
@@ -55,6 +56,11 @@ class Display:
         if not self._num_hidden:
             tqdm.write("more incidents are in events.jsonl only", file=self._stream)
         self._num_hidden += 1
+
+    def say(self, text: str) -> None:
+        """Show a text above the state of the run, each time."""
+        tqdm.write(text, file=self._stream)
+        self._stream.flush()
 
     def show(self, tally: Tally, rates: Rates) -> None:
         """Show the state of the run."""
@@ -120,10 +126,9 @@ def details(tally: Tally, rates: Rates) -> list[str]:
     """Return three short texts: speed, load, and what went wrong."""
     speed = f"{rate_text(rates.media_h_per_h)} h of clips per hour"
     decode = f"decode {rates.decode_busy:.0%} busy, " if tally.num_decoders else ""
-    cells = f"{tally.num_cells} cell{'s' * (tally.num_cells != 1)}"
     load = (
         f"{decode}encode {rates.encode_busy:.0%} busy, "
-        f"{tally.bytes_in_flight / 1e6:,.0f} MB in flight, {cells}"
+        f"{size_text(tally.bytes_in_flight)} in flight, {counted(tally.num_cells, 'cell')}"
     )
     return [speed, load, outcome_text(tally)]
 
@@ -148,22 +153,6 @@ def causes_text(failed: Counter[str]) -> str:
     shown = [f"{cause} {count:,}" for cause, count in failed.most_common(CAUSES_SHOWN)]
     rest = failed.total() - sum(count for _, count in failed.most_common(CAUSES_SHOWN))
     return ", ".join(shown + [f"others {rest:,}"] * (rest > 0))
-
-
-def rate_text(value: float) -> str:
-    """Return a rate in three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def duration_text(seconds: float | None) -> str:
-    """Return a time as 0:05, 2:03:04 or 3 d 4 h."""
-    if seconds is None:
-        return "unknown"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours // 24} d {hours % 24} h"
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def shortened(text: str, width: int) -> str:

@@ -63,6 +63,7 @@ def encode_shards(
     from pipeline.cluster import connected  # Ray is loaded only where there is work
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    watch.event("starting", address=address)
     try:
         with connected(job, config, address) as cells:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has set its own
@@ -138,6 +139,9 @@ class Driver(Generic[AnyCell]):
                     else:
                         self._hear(member, news)
                 self._check_deadlines()
+        except KeyboardInterrupt:
+            self._watch.event("stopping")
+            raise
         finally:
             for member in self._members:
                 member.cell.kill()

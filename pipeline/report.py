@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 from pipeline import format as fmt
 from pipeline.config import EncodeConfig
-from pipeline.display import Display, duration_text, outcome_text, rate_text
+from pipeline.display import Display, outcome_text
 from pipeline.duplicates import Settled
 from pipeline.event_log import EventLog
 from pipeline.files import write_atomically, write_json
@@ -32,10 +32,14 @@ from pipeline.run_page import write_page
 from pipeline.settings import dump
 from pipeline.storage import scrubbed
 from pipeline.tally import Point, Tally, TaskName, failures, rates_between
+from pipeline.wording import age_text, counted, duration_text, rate_text, share_text, size_text
 
 SAMPLE_INTERVAL_S = 10.0
 # The rate that is shown, and the time left, come from as much of the past.
 RATE_WINDOW_S = 180.0
+# Cells that worked for a shorter time were busy for no share that says anything.
+MIN_BUSY_TIME_S = 10.0
+TOLD = {"starting": "starting Ray …", "stopping": "stopping …"}
 
 
 class RunReport:
@@ -132,10 +136,10 @@ class RunReport:
             NoRoomError: the disk is full.
         """
         now_s = time.monotonic()
-        if self._tally.first_news_s is None and news.task:
-            self._sample(now_s)  # until now the cells started: no rate shall count that
-            self._points = deque([self._tally.point(now_s)])
+        is_first = not self._tally.clips_done
         self._tally.update(news, now_s)
+        if is_first and self._tally.clips_done and news.event == "progress":
+            self._next_show_s = now_s
         shard = list(news.task) if news.task else None
         for clip in news.failed:
             self._events.write(
@@ -157,7 +161,14 @@ class RunReport:
 
     def set_cells(self, num_cells: int, num_decoders: int) -> None:
         """Say how many cells are alive from now on, with how many decoders in all of them."""
-        self._tally.set_cells(num_cells, num_decoders, time.monotonic())
+        now_s, is_first = time.monotonic(), self._tally.ready_s is None and num_cells > 0
+        if is_first:
+            self._sample(now_s)  # until now the cells started: no rate shall count that
+            self._points = deque([self._tally.point(now_s)])
+            with_decoders = f" with {counted(num_decoders, 'decoder')}" * (num_decoders > 0)
+            took = age_text(now_s - self._tally.started_s)
+            self._display.say(f"{counted(num_cells, 'cell')}{with_decoders} ready after {took}")
+        self._tally.set_cells(num_cells, num_decoders, now_s)
         self.event("cells", cells=num_cells, decoders=num_decoders)
 
     def lost(self, task: TaskName, attempt: int, reason: str, cell: str = "") -> None:
@@ -167,8 +178,13 @@ class RunReport:
         self.event("lost", shard=list(task), attempt=attempt, cell=cell, reason=reason)
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Write anything else that is worth a line in events.jsonl; with a reason, show it too."""
+        """Write anything else that is worth a line in events.jsonl.
+
+        It is shown too where it has a reason, or where people have to wait.
+        """
         self._events.write(kind, **fields)
+        if kind in TOLD:
+            self._display.say(TOLD[kind])
         if reason := fields.get("reason"):
             what = f"shard {' '.join(map(str, fields['shard']))}, " if "shard" in fields else ""
             where = f"{fields['cell']}, " if fields.get("cell") else ""
@@ -212,6 +228,8 @@ class RunReport:
             self._publish(tally)
 
     def _outcome(self, kind: type[BaseException] | None) -> str:
+        if kind is KeyboardInterrupt:
+            return "stopped (Ctrl-C or SIGTERM)"
         if kind:
             return f"stopped: {kind.__name__}"
         open_shards = self._tally.num_shards - self._tally.shards_done
@@ -221,13 +239,21 @@ class RunReport:
 
     def _summary(self, outcome: str) -> dict[str, Any]:
         seconds, tally, done = time.time() - self._started, self._tally, self._tally.done
-        first, last = tally.first_news_s, tally.at_last_commit
+        now_s, last = time.monotonic(), tally.at_last_commit
+        ready_s = now_s if tally.ready_s is None else tally.ready_s
+        startup_s = ready_s - tally.started_s
+        worked_s = last.time_s - ready_s if last else 0.0
         cell_s, decoder_s = (last.cell_s, last.decoder_s) if last else (0.0, 0.0)
+
+        def share(busy_s: float, of_s: float) -> float | None:
+            return round(busy_s / of_s, 4) if worked_s >= MIN_BUSY_TIME_S and of_s > 0 else None
+
         return {
             "outcome": outcome,
             "plan_id": self._plan.plan_id,
             "clips": tally.clips_done,
             "shards": tally.shards_done,
+            "caption_shards": tally.caption_shards_done,
             "statuses": {name: count for name, count in done.statuses.items() if count},
             "flagged": dict(self.settled.flagged),
             "duplicates_dropped": self.settled.num_dropped,
@@ -236,32 +262,39 @@ class RunReport:
             "decoders": tally.most_decoders,
             "attempts_lost": tally.num_lost,
             "seconds": round(seconds, 3),
-            "startup_s": round((first or time.monotonic()) - tally.started_s, 3),
+            # Until the first cell was ready; rates are over all seconds, and over the rest.
+            "startup_s": round(startup_s, 3),
             "clips_per_s": _ratio(tally.clips_done, seconds),
+            "clips_per_s_after_startup": _ratio(tally.clips_done, seconds - startup_s),
             "media_h": round(done.media_s / 3600, 3),
             "media_h_per_h": _ratio(done.media_s, seconds),
+            "media_h_per_h_after_startup": _ratio(done.media_s, seconds - startup_s),
             "decode_s": round(done.decode_s, 3),
             "encode_s": round(done.encode_s, 3),
             "write_s": round(done.write_s, 3),
-            # Of the time that cells and decoders had, from the first shard begun to the last one
-            # committed. The share in which codecs were busy is also the rate over that of the same
-            # codecs never waiting, as fast as they were in this run; tools.bench_encode compares
-            # with codecs that are fed ready tensors.
-            "speed_of_light_share": _ratio(done.encode_s, cell_s),
-            "decode_busy_share": _ratio(done.decode_s, decoder_s),
-            "write_share": _ratio(done.write_s, cell_s),
+            # Of the time that cells and decoders had, from when they were ready to the last commit;
+            # None where that is too short to say. The share in which codecs were busy is also the
+            # rate over that of the same codecs never waiting, as fast as they were in this run;
+            # tools.bench_encode compares with codecs that are fed ready tensors.
+            "speed_of_light_share": share(done.encode_s, cell_s),
+            "decode_busy_share": share(done.decode_s, decoder_s),
+            "write_share": share(done.write_s, cell_s),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
             "host": platform.node(),
             "python": platform.python_version(),
         }
 
     def _closing_line(self, summary: dict[str, Any]) -> str:
-        took = duration_text(summary["seconds"])
+        captions = summary["caption_shards"]
+        shards = counted(summary["shards"] - captions, "clip shard")
+        if captions:
+            shards += f" and {counted(captions, 'caption shard')}"
         return (
-            f"{summary['outcome']}; {summary['clips']:,} clips in {summary['shards']:,} shards in "
-            f"{took}, {rate_text(summary['clips_per_s'])} clips/s, "
-            f"{rate_text(summary['media_h_per_h'])} h of clips per hour, "
-            f"encoders busy {summary['speed_of_light_share']:.0%}; "
+            f"{summary['outcome']}; {counted(summary['clips'], 'clip')}, {shards} in "
+            f"{duration_text(summary['seconds'])}, of it {duration_text(summary['startup_s'])} "
+            f"starting; since then {rate_text(summary['clips_per_s_after_startup'])} clips/s, "
+            f"{rate_text(summary['media_h_per_h_after_startup'])} h of clips per hour, "
+            f"encoders busy {share_text(summary['speed_of_light_share'])}; "
             f"{outcome_text(self._tally)}; {self.folder / 'report.html'}"
         )
 
@@ -278,14 +311,14 @@ def print_table(columns: Mapping[str, tuple[Totals, int]], flagged: Counter[str]
         flagged: flag -> number of clips.
     """
     width = max(map(len, columns))
-    heads = f"{'shards':>11}  {'ok':>9}  {'failed':>7}  {'dropped':>7}  {'MB':>9}"
+    heads = f"{'shards':>11}  {'ok':>9}  {'failed':>7}  {'dropped':>7}  {'size':>9}"
     print(f"{'column':<{width}}  {heads}")
     for name, (total, num_planned) in columns.items():
         failed = failures(total.statuses)
         dropped = total.statuses - failed - Counter(ok=total.ok)
         print(
             f"{name:<{width}}  {f'{total.shards}/{num_planned}':>11}  {total.ok:>9}  "
-            f"{failed.total():>7}  {dropped.total():>7}  {total.bytes / 1e6:>9.1f}"
+            f"{failed.total():>7}  {dropped.total():>7}  {size_text(total.bytes):>9}"
         )
         for what, counts in (("failed", failed), ("dropped", dropped)):
             if counts:

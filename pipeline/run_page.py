@@ -18,13 +18,15 @@ from typing import Any
 from pipeline import format as fmt
 from pipeline.charts import Series, step_chart
 from pipeline.data_root import open_root
-from pipeline.display import rate_text
 from pipeline.event_log import read_events
 from pipeline.files import write_atomically
 from pipeline.sweep import one_line_errors
+from pipeline.totals import flattened, labelled
+from pipeline.wording import rate_text, share_text
 
 EXAMPLES_SHOWN = 5  # failed clips of a cause
 INCIDENTS_SHOWN = 100
+MIN_SAMPLES = 3  # fewer make no chart
 INCIDENTS = ("lost", "note", "given_up", "cell_lost")
 
 PAGE = """<!doctype html>
@@ -36,6 +38,7 @@ PAGE = """<!doctype html>
   --soft: #a0a0a0; --line: #3a3d41; --a: #6fb1f0; --b: #f0a066; }} }}
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 24px; background: var(--ground);
   color: var(--ink); }}
+details {{ margin: 28px 0 8px; }} summary {{ font-weight: 600; }}
 h1 {{ font-size: 20px; }} h2 {{ font-size: 16px; margin: 28px 0 8px; }}
 .note {{ color: var(--soft); }}
 .cards {{ display: flex; flex-wrap: wrap; gap: 16px; }}
@@ -172,11 +175,12 @@ def page(history: RunHistory, summary: Mapping[str, Any]) -> str:
     )
     body = [
         _cards(start, summary, last),
-        f'<h2>Over time</h2><div class="cards">{_charts(history)}</div>',
+        "<h2>Over time</h2>" + _charts(history),
         _failures(Counter(last.get("statuses", {})), history.examples),
         _incidents(history),
-        _pairs("Totals", summary) if summary else "",
-        _pairs("Settings", {"source": source, **start["settings"]}),
+        f"<h2>Totals</h2>{_pairs(labelled(summary))}" if summary else "",
+        "<details><summary>Settings</summary>"
+        f"{_pairs(flattened({'source': source, **start['settings']}))}</details>",
     ]
     title = f"Encode run {start['run_id']}"
     return PAGE.format(title=escaped(title), note=escaped(note), body="\n".join(filter(None, body)))
@@ -187,12 +191,12 @@ def _cards(start: dict[str, Any], summary: Mapping[str, Any], last: dict[str, An
     cards = {
         "clips": f"{known.get('clips', 0):,} of {start['clips']:,}",
         "shards": f"{known.get('shards', 0):,} of {start['shards']:,}",
-        "clips/s": rate_text(known.get("clips_per_s", 0.0)),
-        "hours of clips per hour": rate_text(known.get("media_h_per_h", 0.0)),
+        "clips/s": rate_text(_rate(known, "clips_per_s")),
+        "hours of clips per hour": rate_text(_rate(known, "media_h_per_h")),
     }
     if "speed_of_light_share" in summary:
-        cards["of the cells' time encoding"] = f"{summary['speed_of_light_share']:.0%}"
-        cards["of the decoders' time decoding"] = f"{summary['decode_busy_share']:.0%}"
+        cards["of the cells' time encoding"] = share_text(summary["speed_of_light_share"])
+        cards["of the decoders' time decoding"] = share_text(summary["decode_busy_share"])
     shown = (
         f'<div class="card"><b>{value}</b><span>{name}</span></div>'
         for name, value in cards.items()
@@ -200,7 +204,14 @@ def _cards(start: dict[str, Any], summary: Mapping[str, Any], last: dict[str, An
     return f'<div class="cards">{"".join(shown)}</div>'
 
 
+def _rate(known: Mapping[str, Any], name: str) -> float:
+    """Return a rate: at the end that without start-up, before it the last one."""
+    return known.get(f"{name}_after_startup", known.get(name, 0.0))
+
+
 def _charts(history: RunHistory) -> str:
+    if len(history.samples) < MIN_SAMPLES:
+        return '<p class="note">The run is too short for charts.</p>'
     begun, end_s = history.start["time"], history.seconds
 
     def series(name: str, key: str, unit: float = 1.0) -> Series:
@@ -209,7 +220,7 @@ def _charts(history: RunHistory) -> str:
     commits = [(moment - begun, number) for number, moment in enumerate(history.commits)]
     commits.append((end_s, len(commits)))
     busy = [series("decoders", "decode_busy"), series("encoders", "encode_busy")]
-    return "".join(
+    charts = "".join(
         (
             step_chart("Clips per second", [series("clips/s", "clips_per_s")], end_s),
             step_chart("Share of time busy", busy, end_s, top=1.0),
@@ -217,6 +228,7 @@ def _charts(history: RunHistory) -> str:
             step_chart("Shards committed", [Series("shards", commits)], end_s),
         )
     )
+    return f'<div class="cards">{charts}</div>'
 
 
 def _failures(statuses: Counter[str], examples: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -254,24 +266,13 @@ def _incidents(history: RunHistory) -> str:
     )
 
 
-def _pairs(title: str, values: Mapping[str, Any]) -> str:
-    rows = "".join(_row((name, value)) for name, value in flattened(values).items())
-    return f'<h2>{title}</h2><div class="wide"><table>{rows}</table></div>'
+def _pairs(values: Mapping[str, Any]) -> str:
+    rows = "".join(_row(pair) for pair in values.items())
+    return f'<div class="wide"><table>{rows}</table></div>'
 
 
 def _row(cells: Iterable[Any]) -> str:
     return f"<tr>{''.join(f'<td>{escaped(cell)}</td>' for cell in cells)}</tr>"
-
-
-def flattened(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested mappings as one with dotted names."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flattened(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
 
 
 def escaped(value: Any) -> str:

@@ -79,23 +79,25 @@ class Tally:
         done: sums over committed shards and those under way.
         spent: the same, with what was lost.
         shards_done: committed by this run, or by another one meanwhile.
+        caption_shards_done: those of them that hold captions.
         num_cells, num_decoders: alive now, the decoders of all cells together.
         most_cells, most_decoders: alive at one time.
         num_lost: attempts of shards that came to nothing.
         started_s: when the run started.
-        first_news_s: when the first shard was begun, or None: until then the cells start.
+        ready_s: when the first cell was alive, or None: until then all cells start. From then on
+            cells have time: decoders begin at once, long before the first row is heard of.
         at_last_commit: the sums then, or None.
     """
 
     def __init__(self, num_clips: int, num_shards: int, now_s: float) -> None:
         self.num_clips, self.num_shards = num_clips, num_shards
         self.done, self.spent = Sums(), Sums()
-        self.shards_done = 0
+        self.shards_done = self.caption_shards_done = 0
         self.num_cells = self.num_decoders = 0
         self.most_cells = self.most_decoders = 0
         self.num_lost = 0
         self.started_s = now_s
-        self.first_news_s: float | None = None
+        self.ready_s: float | None = None
         self.at_last_commit: Point | None = None
         self._under_way: dict[TaskName, Sums] = {}
         self._bytes: dict[str, int] = {}
@@ -122,16 +124,16 @@ class Tally:
         self._bytes[news.cell] = news.bytes_in_flight
         if news.task is None:
             return
-        if self.first_news_s is None:
-            self.first_news_s = self._integrated_s = now_s
         if news.event == "started":
             self.take_back(news.task)
-        statuses = Counter[str]() if news.task[0] == "text" else news.statuses
+        is_text = news.task[0] == "text"
+        statuses = Counter[str]() if is_text else news.statuses
         sums = self._under_way.setdefault(news.task, Sums())
         for each in (sums, self.done, self.spent):
             each.add(statuses, news)
         if news.event == "committed":
             self.shards_done += 1
+            self.caption_shards_done += is_text
             del self._under_way[news.task]
             self.at_last_commit = self.point(now_s)
 
@@ -148,6 +150,8 @@ class Tally:
     def set_cells(self, num_cells: int, num_decoders: int, now_s: float) -> None:
         """Say how many cells and decoders there are from now on."""
         self._integrate(now_s)
+        if num_cells and self.ready_s is None:
+            self.ready_s = now_s
         self.num_cells, self.num_decoders = num_cells, num_decoders
         self.most_cells = max(self.most_cells, num_cells)
         self.most_decoders = max(self.most_decoders, num_decoders)
@@ -176,10 +180,9 @@ class Tally:
         return left / rate if rate > 0 else None
 
     def _integrate(self, now_s: float) -> None:
-        if self.first_news_s is not None:
-            seconds = now_s - self._integrated_s
-            self._cell_s += seconds * self.num_cells
-            self._decoder_s += seconds * self.num_decoders
+        seconds = now_s - self._integrated_s
+        self._cell_s += seconds * self.num_cells
+        self._decoder_s += seconds * self.num_decoders
         self._integrated_s = now_s
 
 

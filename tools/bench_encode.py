@@ -28,6 +28,7 @@ from typing import Any
 from pipeline.config import EncodeConfig, column_specs
 from pipeline.demux import probing
 from pipeline.settings import ConfigError, load
+from pipeline.wording import share_text
 from tools.bouncing import ClipSettings
 from tools.contenders import SIZE, Task
 from tools.encode_runs import EncodeRun, encode_run
@@ -181,10 +182,10 @@ def print_case(case: Case) -> None:
     for cells, run in case.runs.items():
         summary = run.summary
         print(
-            f"{cells} cells: start-up {summary['startup_s']:.1f} s; from the first shard begun "
-            f"to the last commit, decoders decode {summary['decode_busy_share']:.0%}, codecs "
-            f"encode {summary['speed_of_light_share']:.0%}, tar, crc, index and commit take "
-            f"{summary['write_share']:.1%}"
+            f"{cells} cells: start-up {summary['startup_s']:.1f} s; from then to the last "
+            f"commit, decoders decode {share_text(summary['decode_busy_share'])}, codecs encode "
+            f"{share_text(summary['speed_of_light_share'])}, tar, crc, index and commit take "
+            f"{share_text(summary['write_share'], 1)}"
         )
         for role, peak in run.memory.items():
             print(

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from pipeline import display
-from pipeline.display import Display, duration_text
+from pipeline.display import Display
 from pipeline.jobs import ShardUpdate
 from tests.pipeline.run_reports import A, Clock, missing, open_report, progress
 
@@ -56,19 +56,27 @@ def test_a_log_file_gets_a_line_now_and_then_without_control_characters(
     log = io.StringIO()
     monkeypatch.setattr(sys, "stderr", log)
     with open_report(tmp_path, num_clips=1000) as run:
+        run.event("starting")
+        clock.now_s += 12
         run.set_cells(1, 3)
         run.update(ShardUpdate("started", "n/0", A))
         run_for(clock, run, 70)
-    *lines, last = log.getvalue().splitlines()
+        run.event("stopping")
+    starting, ready, first, *lines, stopping, last = log.getvalue().splitlines()
+    assert (starting, stopping) == ("starting Ray …", "stopping …")
+    assert ready == "1 cell with 3 decoders ready after 12 s"
+    assert " 3/1,000 clips (0%), 0/4 shards, " in first
     assert len(lines) == 3
     assert not CONTROL.search(log.getvalue())
     for text in (
-        "180/1,000 clips (18%), 0/4 shards, 3 clips/s, ETA 4:33; 30 h of clips per hour",
-        "decode 0% busy, encode 0% busy, 500 MB in flight, 1 cell",
-        "failed 60 (33.3%): missing 60",
+        "183/1,000 clips (18%), 0/4 shards, 3 clips/s, ETA 4:32; 30 h of clips per hour",
+        "decode 0% busy, encode 0% busy, 500.0 MB in flight, 1 cell",
+        "failed 61 (33.3%): missing 61",
     ):
         assert text in lines[-1]
-    assert last.startswith("incomplete: 4 of 4 shards not committed; 0 clips in 0 shards in 1:10")
+    assert last.startswith(
+        "incomplete: 4 of 4 shards not committed; 0 clips, 0 clip shards in 1:22"
+    )
 
 
 def test_a_quick_run_gives_one_line(tmp_path, monkeypatch):
@@ -77,7 +85,7 @@ def test_a_quick_run_gives_one_line(tmp_path, monkeypatch):
     with open_report(tmp_path, num_shards=1) as run:
         run.update(ShardUpdate("committed", "n/0", A, Counter(ok=10)))
     (line,) = log.getvalue().splitlines()
-    assert line.startswith("complete; 10 clips in 1 shards")
+    assert line.startswith("complete; 10 clips, 1 clip shard in ")
 
 
 def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monkeypatch):
@@ -91,10 +99,10 @@ def test_a_terminal_shows_lines_that_stay_in_place_and_fit(tmp_path, clock, monk
         run_for(clock, run, 3)
         shown = terminal.getvalue()
     assert "\n" in shown and "\x1b[A" in shown  # the cursor goes down, and up again
-    assert len(screen(shown)) == 4
+    assert len(screen(shown)) == 1 + 4  # above it, that cells are ready
     assert max(map(len, screen(shown))) <= 80
     assert "decode" in shown and "clips per hour" in shown and "failed 3,000," in shown
-    (line,) = screen(terminal.getvalue())  # bar and lines are gone
+    _, line = screen(terminal.getvalue())  # bar and lines are gone
     assert line.startswith("incomplete: ")
 
 
@@ -111,11 +119,3 @@ def test_a_note_is_shown_once_and_those_that_are_not_are_counted(monkeypatch):
     assert len(notes) == display.NOTES_SHOWN and end == "complete"
     assert told == "more incidents are in events.jsonl only"
     assert count == f"{101 - display.NOTES_SHOWN} more incidents in events.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(None, "unknown"), (4.6, "0:05"), (3723, "1:02:03"), (86400 * 3 + 3600 * 4, "3 d 4 h")],
-)
-def test_durations_are_short(seconds, text):
-    assert duration_text(seconds) == text

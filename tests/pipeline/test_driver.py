@@ -441,6 +441,7 @@ def test_interrupt_ends_all_cells():
     with pytest.raises(KeyboardInterrupt):
         drive(fleet, 9, watch)
     assert not fleet.living
+    assert ("stopping", {}) in watch.events
 
 
 @given(

@@ -82,11 +82,10 @@ def test_a_lost_attempt_is_uncounted_told_and_still_work_done(tmp_path, capsys):
     assert "n/0, shard clips 0, lost: encoder killed" in capsys.readouterr().err
 
 
-def test_shares_are_of_the_time_that_cells_had_from_first_shard_to_last_commit(tmp_path, clock):
+def test_shares_are_of_the_time_that_cells_had_until_the_last_commit(tmp_path, clock):
     with open_report(tmp_path) as run:
-        run.set_cells(2, 6)
         clock.now_s += 30  # Ray starts, codecs are loaded
-        run.update(ShardUpdate("started", "n/0", A))
+        run.set_cells(2, 6)
         clock.now_s += 10
         run.set_cells(1, 3)
         clock.now_s += 20
@@ -99,7 +98,46 @@ def test_shares_are_of_the_time_that_cells_had_from_first_shard_to_last_commit(t
     assert summary["decode_busy_share"] == 45 / (6 * 10 + 3 * 20)
     assert summary["write_share"] == 0.4 / 40
     assert (summary["seconds"], summary["clips_per_s"]) == (100.0, 0.1)
+    assert summary["clips_per_s_after_startup"] == round(10 / 70, 4)
     assert summary["media_h_per_h"] == 1.0
+    assert summary["media_h_per_h_after_startup"] == round(100 / 70, 4)
+
+
+def test_decoders_are_busy_before_the_first_row_is_heard_of(tmp_path, clock):
+    with open_report(tmp_path, num_clips=1, num_shards=1) as run:
+        run.set_cells(1, 4)
+        clock.now_s += 12
+        run.update(ShardUpdate("started", "n/0", A))
+        run.update(ShardUpdate("committed", "n/0", A, Counter(ok=1), decode_s=24.0, encode_s=3.0))
+    summary = summary_of(tmp_path)
+    assert (summary["decode_busy_share"], summary["speed_of_light_share"]) == (0.5, 0.25)
+
+
+def test_no_share_is_told_of_a_run_that_is_too_short(tmp_path, clock, capsys):
+    with open_report(tmp_path, num_clips=1, num_shards=1) as run:
+        run.set_cells(1, 4)
+        clock.now_s += report.MIN_BUSY_TIME_S - 1
+        run.update(ShardUpdate("committed", "n/0", A, Counter(ok=1), decode_s=1.0, encode_s=1.0))
+        clock.now_s += 60  # duplicates are settled
+    summary = summary_of(tmp_path)
+    for name in ("speed_of_light_share", "decode_busy_share", "write_share"):
+        assert summary[name] is None
+    assert "encoders busy –" in capsys.readouterr().err
+
+
+def test_clip_shards_and_caption_shards_are_told_apart(tmp_path, clock, capsys):
+    with open_report(tmp_path, num_clips=7, num_shards=3) as run:
+        clock.now_s += 13
+        run.set_cells(1, 1)
+        clock.now_s += 20
+        for task in (A, B, ("text", 0)):
+            run.update(ShardUpdate("committed", "n/0", task, Counter(ok=5)))
+    assert summary_of(tmp_path)["caption_shards"] == 1
+    end = capsys.readouterr().err.splitlines()[-1]
+    assert end.startswith(
+        "complete; 10 clips, 2 clip shards and 1 caption shard in 0:33, of it 0:13"
+    )
+    assert "since then 0.5 clips/s" in end
 
 
 def test_time_left_comes_from_the_last_minutes(tmp_path, clock):
@@ -116,13 +154,13 @@ def test_time_left_comes_from_the_last_minutes(tmp_path, clock):
 def test_no_rate_counts_the_start_of_the_cells(tmp_path, clock):
     with open_report(tmp_path) as run:
         clock.now_s += 50
-        run.update(ShardUpdate("alive", "n/0"))
+        run.set_cells(0, 0)
         clock.now_s += 50
-        run.update(ShardUpdate("started", "n/0", A))
+        run.set_cells(1, 1)
         clock.now_s += 5
         run.update(progress(A, ok=10))
     samples = events(tmp_path, "sample")
-    assert [sample["clips_per_s"] for sample in samples] == [0.0, 0.0, 2.0]
+    assert [sample["clips_per_s"] for sample in samples] == [0.0, 2.0]
     assert samples[-1]["eta_s"] == 15.0
 
 
@@ -142,7 +180,9 @@ def test_a_blink_at_the_end_is_no_interval_of_its_own(tmp_path, clock):
 
 def test_events_hold_settings_failed_clips_commits_and_rates(tmp_path, clock):
     with open_report(tmp_path) as run:
-        for _ in range(25):
+        clock.now_s += 1
+        run.set_cells(1, 1)
+        for _ in range(24):
             clock.now_s += 1
             run.update(progress(A))
         run.update(progress(A, ok=9, failed=[missing("a9")], notes=("batch halved",)))
@@ -174,7 +214,7 @@ def test_a_stopped_run_counts_what_is_committed(tmp_path):
         run.update(progress(B, ok=4))
         raise KeyboardInterrupt
     summary = summary_of(tmp_path)
-    assert (summary["outcome"], summary["clips"]) == ("stopped: KeyboardInterrupt", 10)
+    assert (summary["outcome"], summary["clips"]) == ("stopped (Ctrl-C or SIGTERM)", 10)
     assert events(tmp_path, "sample")[-1]["clips"] == 14
     assert (tmp_path / "runs" / "run-1" / "report.html").exists()
 
@@ -224,7 +264,7 @@ def test_a_run_on_an_object_store_leaves_the_same_files(tmp_path):
     names = {path.name for path in run.folder.iterdir()}
     assert names == {"config.yaml", "events.jsonl", "summary.json", "report.html"}
     assert [event["event"] for event in read_events(run.folder / "events.jsonl")] == [
-        *("run", "sample", "clip", "shard", "sample", "end")
+        *("run", "clip", "shard", "sample", "end")
     ]
     assert summary_of(store)["clips"] == 10
 
@@ -234,8 +274,8 @@ def test_the_closing_table_tells_failed_from_dropped(capsys):
     total = Totals(shards=1, rows=10, ok=6, bytes=2_500_000, statuses=statuses)
     print_table({"video@dct-01234567": (total, 4)}, Counter(still=3))
     head, line, failed, dropped, flagged = capsys.readouterr().out.splitlines()
-    assert head.split() == ["column", "shards", "ok", "failed", "dropped", "MB"]
-    assert line.split() == ["video@dct-01234567", "1/4", "6", "2", "2", "2.5"]
+    assert head.split() == ["column", "shards", "ok", "failed", "dropped", "size"]
+    assert line.split() == ["video@dct-01234567", "1/4", "6", "2", "2", "2.5", "MB"]
     assert failed.strip() == "failed: missing 2"
     assert dropped.strip() == "dropped: silent 2"
     assert flagged == "flagged, but kept: still 3"

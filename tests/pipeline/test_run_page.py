@@ -15,7 +15,7 @@ from pipeline.data_root import open_root
 from pipeline.format import FormatError
 from pipeline.jobs import FailedClip, ShardUpdate
 from pipeline.run_page import escaped, write_page
-from tests.pipeline.run_reports import A, open_report, progress
+from tests.pipeline.run_reports import A, Clock, open_report, progress
 
 VOID = {"meta", "br"}
 HOSTILE = "\"'><script>alert(1)</script><img src=//evil/x onerror=alert(2)>\x00\n\udcff\u202e&amp;"
@@ -53,9 +53,13 @@ def page_of(folder):
     return Page(text)
 
 
-def test_the_page_of_a_run_shows_what_happened(tmp_path):
+def test_the_page_of_a_run_shows_what_happened(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
     with open_report(tmp_path) as run:
         run.set_cells(2, 6)
+        for _ in range(3):
+            clock.now_s += 15
+            run.update(ShardUpdate("alive", "n/0"))
         failed = [FailedClip(f"a{n}", "missing", f"no file {n}.mp4") for n in range(9)]
         run.update(progress(A, ok=1, failed=failed, media_s=100.0))
         run.update(ShardUpdate("committed", "n/0", A))
@@ -64,7 +68,8 @@ def test_the_page_of_a_run_shows_what_happened(tmp_path):
     assert page.tags["svg"] == 4
     for text in (
         *("Encode run run-1", "10 of 40", "1 of 4", "complete", "clips 1"),
-        *("encoder killed by the memory monitor", "video.codec.name", "speed_of_light_share"),
+        *("encoder killed by the memory monitor", "video.codec.name", "clips: missing"),
+        *("of the cells' time encoding", "clips/s since the first cell was ready", "0:45"),
         *(f"no file {n}.mp4" for n in range(run_page.EXAMPLES_SHOWN)),
     ):
         assert text in page.text, text
@@ -94,7 +99,9 @@ def test_the_page_needs_no_other_file(tmp_path):
 def test_a_run_without_news_has_a_page(tmp_path):
     with open_report(tmp_path) as run:
         pass
-    assert page_of(run.folder).tags["svg"] == 4
+    page = page_of(run.folder)
+    assert page.tags["svg"] == 0 and "too short for charts" in page.text
+    assert page.tags["details"] == 1  # the settings
 
 
 def test_a_killed_run_has_a_page_too(tmp_path, monkeypatch, capsys):

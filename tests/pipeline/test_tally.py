@@ -33,13 +33,14 @@ def test_there_is_no_cell_before_one_is_told_of():
     assert (run.num_cells, run.most_cells, run.most_decoders) == (0, 1, 2)
 
 
-def test_cells_have_time_from_the_first_shard_on():
+def test_cells_have_time_from_when_they_are_alive():
     run = Tally(40, 4, 0.0)
-    run.set_cells(2, 6, 5.0)
-    run.update(ShardUpdate("alive", "n/0"), 20.0)
-    run.update(ShardUpdate("started", "n/0", A), 30.0)
-    assert run.first_news_s == 30.0
+    run.set_cells(0, 0, 5.0)
+    assert run.ready_s is None
+    run.set_cells(2, 6, 30.0)
+    run.update(ShardUpdate("started", "n/0", A), 35.0)  # decoders have begun long ago
     run.set_cells(1, 3, 40.0)
+    assert run.ready_s == 30.0
     point = run.point(50.0)
     assert (point.cell_s, point.decoder_s) == (2 * 10 + 10, 6 * 10 + 3 * 10)
 
