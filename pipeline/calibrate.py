@@ -173,7 +173,10 @@ def _measuring(media_root: str, config: EncodeConfig) -> Callable[[Clip], ClipFi
                     raise ClipError(*decoded.problems[modality])
                 items = {"video": decoded.frames, "audio": decoded.sound, "text": clip.caption}
                 torch.set_num_threads(config.encoder_cpus)
-                encode_s = {m: _encode_s(c, items[m], config, m) for m, c in codecs.items()}
+                encode_s = {
+                    m: _encode_s(codec, items[m], getattr(config, m).batch, specs[m].dtype)
+                    for m, codec in codecs.items()
+                }
                 is_warm = True
         sizes = [item.nbytes for item in (decoded.frames, decoded.sound) if item is not None]
         return ClipFigures(decode_s, encode_s, sum(sizes), decoded.facts["duration_s"])
@@ -181,13 +184,14 @@ def _measuring(media_root: str, config: EncodeConfig) -> Callable[[Clip], ClipFi
     return measure
 
 
-def _encode_s(codec: Any, item: Any, config: EncodeConfig, modality: str) -> float:
-    """Return the seconds a codec takes for a clip, in a batch as set, filled with copies of it."""
-    batch = getattr(config, modality).batch
+def _encode_s(codec: Any, item: Any, batch: int, dtype: str) -> float:
+    """Return the seconds a codec takes for a clip, in a batch filled with copies of it."""
+    from pipeline.codecs import stored
+
     started = time.perf_counter()
     latents = codec.encode([item] * batch)
     for latent in latents:
-        latent.astype("float16")
+        stored(latent, dtype)
     return (time.perf_counter() - started) / batch
 
 

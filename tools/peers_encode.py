@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.codecs import build_codec
+from pipeline.codecs import build_codec, stored
 from pipeline.format import ColumnSpec
 from tools.contenders import CONTENDERS, Task
 from tools.side_by_side import Lane, Timing, one_thread, run_side_by_side
@@ -47,7 +47,7 @@ def latents_of(specs: dict[str, ColumnSpec]) -> Callable[[np.ndarray, np.ndarray
     def encode(frames: np.ndarray, sound: np.ndarray) -> dict[str, Any]:
         items = {"video": frames, "audio": sound[None]}
         return {
-            f"{m}.npy": codec.encode([items[m]])[0].astype(specs[m].dtype)
+            f"{m}.npy": stored(codec.encode([items[m]])[0], specs[m].dtype)
             for m, codec in codecs.items()
         }
 

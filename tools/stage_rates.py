@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.checks import judge
-from pipeline.codecs import build_codec
+from pipeline.codecs import build_codec, stored
 from pipeline.config import EncodeConfig, decode_settings
 from pipeline.decode import decode_clip
 from pipeline.format import ColumnSpec
@@ -88,7 +88,7 @@ def _encoding(argument: tuple[StageJob, int]) -> Callable[[], Iterator[int]]:
                 for first in range(0, batch, size):
                     items = [clips[modality][row] for row in rows[first : first + size]]
                     for latent in codec.encode(items):
-                        latent.astype(specs[modality].dtype)
+                        stored(latent, specs[modality].dtype)
             yield batch
 
     return work
