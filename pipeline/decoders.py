@@ -39,9 +39,9 @@ OBJECT_ERRORS = (ObjectStoreFullError, OutOfDiskError, ObjectLostError, GetTimeo
 GET_TIMEOUT_S = 5.0  # of an object that is there: longer where shared memory was spilled to disk
 
 # Blocks from this size on go back to the system when they are freed; by default glibc raises the
-# limit to the size of the frames. Peak at 1080p without Ray's shared memory: 394 MB, not 413; 315
-# of them are torch, Ray and pyarrow, loaded.
-DECODER_ENVIRONMENT = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+# limit to the size of the frames, and the peak with it. A smaller limit costs page faults: 64 kB
+# made decoding a tenth slower than 1 MB (the memory of 1080p is in tests/pipeline/test_decoders.py).
+DECODER_ENVIRONMENT = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
 
 
 @ray.remote(num_cpus=1, max_restarts=0, runtime_env=DECODER_ENVIRONMENT)
