@@ -40,7 +40,7 @@ GET_TIMEOUT_S = 5.0  # of an object that is there: longer where shared memory wa
 
 # Blocks from this size on go back to the system when they are freed; by default glibc raises the
 # limit to the size of the frames, and the peak with it. A smaller limit costs page faults: 64 kB
-# made decoding a tenth slower than 1 MB (the memory of 1080p is in tests/pipeline/test_decoders.py).
+# made decoding a tenth slower than 1 MB (tests/pipeline/test_decoders.py prints the peak at 1080p).
 DECODER_ENVIRONMENT = {"env_vars": {"MALLOC_MMAP_THRESHOLD_": "1048576"}}
 
 
