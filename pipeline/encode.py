@@ -34,6 +34,7 @@ from pipeline.settings import ConfigError
 from pipeline.shards import create_column
 from pipeline.sources import Source, open_source
 from pipeline.sweep import one_line_errors
+from pipeline.wording import counted
 from pipeline.work import Work, open_work, reopen, restrict
 
 # Too many failures end the run before the last shard only once this many clips were tried.
@@ -81,7 +82,7 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
     work = restrict(lacking, plan, request.shards, request.limit)
     print(
         f"{plan.num_clips} clips of {source.root} ({plan.source['num_skipped']} other files "
-        f"skipped), plan {plan.plan_id}; {len(work)} shards to encode",
+        f"skipped), plan {plan.plan_id}; {to_do(work)} to encode",
         file=sys.stderr,
     )
     lost = None
@@ -108,6 +109,13 @@ def encode(request: Request, config: EncodeConfig) -> str | None:
     num_shards = {c.path.name: len(plan.shard_rows(text=m == "text")) for m, c in columns.items()}
     print_table({name: (totals[name], num_shards[name]) for name in totals}, settled.flagged)
     return lost or settled.complaint or too_many_failed(totals, config)
+
+
+def to_do(work: list[Work]) -> str:
+    """Return how many shards there are of clips and of captions."""
+    captions = sum(item.is_text for item in work)
+    counts = {"clip shard": len(work) - captions, "caption shard": captions}
+    return " and ".join(counted(n, thing) for thing, n in counts.items() if n) or "0 shards"
 
 
 def refuse_out_in_source(request: Request, source: Source) -> None:
