@@ -201,7 +201,9 @@ def test_a_lost_node_s_shards_are_done_on_another(clips, quiet, cluster, nodes, 
     run, watch = Run(clips, tmp_path / "out"), Watch(once(commits(2), lose_node))
     assert run.encode(watch, cluster.address) == []
     assert run.payloads() == quiet
-    assert [kind for kind, _ in watch.events] == ["cell_started", "cell_lost", "cell_started"]
+    assert [kind for kind, _ in watch.events] == [
+        *("starting", "cell_started", "cell_lost", "cell_started")
+    ]
     assert all(attempt == 1 for _, attempt, _, _ in watch.losses) and watch.losses
 
 
