@@ -22,6 +22,8 @@ MAX_COMMAND_S = 300.0
 MAX_FULL_S = 20.0
 # Before a fault that is not early: the run has recovered from the one before.
 NUM_COMMITS_BETWEEN = 6
+# Between two kills of decoders: a clip whose decoder dies twice gets a status, as it should.
+DECODER_GAP_S = 10.0
 # Commands of a data set that fail though nothing hits them.
 MAX_FAILED = 3
 
@@ -205,6 +207,9 @@ class Session:
         """Inject a fault; return False where there is nothing yet to be hit by it."""
         at = time.time()
         if fault.kind in faults.TITLES:
+            last = max((hit.at for hit in self.result.hits if hit.kind == "decoder"), default=0.0)
+            if fault.kind == "decoder" and at - last < DECODER_GAP_S:
+                return False
             victims = faults.actors(self._nodes.raylets(), fault.kind)
             if not faults.kill_one(victims, fault.choice):
                 return False

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.files import write_json
+from pipeline.files import NoRoomError, write_json
 from pipeline.format import (
     INDEX_DTYPE,
     OK,
@@ -374,7 +374,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(NoRoomError, match="No space"):
         write_json(path, {"new": 2})
     assert read_json(path) == {"old": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["value.json"]
