@@ -104,7 +104,7 @@ def calibrate(source: Source, config: EncodeConfig, num_clips: int = NUM_CLIPS) 
     failed: Counter[str] = Counter()
     last = "no clips there"
     prepare = partial(_measuring, source.root, config)
-    with _threads(config.encoder_cpus), ChildProcess(prepare, MAX_CLIP_S) as child:
+    with child_threads(config.encoder_cpus), ChildProcess(prepare, MAX_CLIP_S) as child:
         for clip in _first_clips(source, config):
             try:
                 measured.append(child.call(clip))
@@ -133,7 +133,7 @@ def _first_clips(source: Source, config: EncodeConfig) -> Iterator[Clip]:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def child_threads(count: int) -> Iterator[None]:
     """Let child processes started in a block compute with so many threads, as Ray's actors do."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}

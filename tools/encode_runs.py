@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import format as fmt
+from pipeline.calibrate import child_threads
 from pipeline.event_log import read_events
 from tools.process_memory import Peak, PeakMemory
-from tools.side_by_side import Lane, Timing, one_thread
+from tools.side_by_side import Lane, Timing
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def encode_run(src: Path, out: Path, settings: Sequence[str]) -> EncodeRun:
     command = [sys.executable, "-m", "pipeline.encode", "--src", str(src), "--out", str(out)]
     log = out.with_suffix(".log")
     launched_s = time.monotonic()
-    with log.open("wb") as file, one_thread():
+    with log.open("wb") as file, child_threads(1):
         process = subprocess.Popen([*command, *settings], stdout=file, stderr=file)
         with PeakMemory(process.pid) as memory:
             code = process.wait()

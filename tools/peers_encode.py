@@ -17,10 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.calibrate import child_threads
 from pipeline.codecs import build_codec, stored
 from pipeline.format import ColumnSpec
 from tools.contenders import CONTENDERS, Task
-from tools.side_by_side import Lane, Timing, one_thread, run_side_by_side
+from tools.side_by_side import Lane, Timing, run_side_by_side
 
 # Rows that Ray Data hands to the codecs at once, and into one tar.
 BATCH_ROWS = 4
@@ -92,7 +93,7 @@ def ray_data(job: PeerJob, num_decoders: int, num_encoders: int) -> Timing:
     ours, theirs = context.Pipe()
     launched_s = time.monotonic()
     arguments = (theirs, job, num_decoders, num_encoders)
-    with one_thread():
+    with child_threads(1):
         process = context.Process(target=_ray_data, args=arguments)
         process.start()
     theirs.close()

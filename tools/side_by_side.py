@@ -6,14 +6,14 @@ apart. Times are seconds of ``time.monotonic``, which all processes of a machine
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
+
+from pipeline.calibrate import child_threads
 
 # Loads and returns what does the work: yields how many clips each step did.
 Prepare = Callable[[Any], Callable[[], Iterator[int]]]
@@ -74,21 +74,6 @@ class Timing:
         return self.ended_s - self.launched_s
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Let processes started in a block compute with one thread, as Ray does for one CPU."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
-
-
 def run_side_by_side(prepare: Prepare, arguments: Sequence[Any]) -> Timing:
     """Run one process for each argument, all from the same moment on.
 
@@ -97,7 +82,7 @@ def run_side_by_side(prepare: Prepare, arguments: Sequence[Any]) -> Timing:
     """
     launched_s, context = time.monotonic(), multiprocessing.get_context("spawn")
     pipes, processes = [], []
-    with one_thread():
+    with child_threads(1):
         for argument in arguments:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, prepare, argument), daemon=True)
