@@ -41,14 +41,17 @@ class LatentSpec:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """A micro-batch as stored: unscaled float16 latents, on the device that trains.
+    """A micro-batch: unscaled float16 latents, on the device that trains.
 
     Attributes:
         samples: int64 [B], place of every sample in the training stream, counted over all ranks
             and epochs; keys all random draws. Always on the CPU.
         keys: clip keys.
-        video: float16 [B, T, C, H, W] (axes of its LatentSpec behind B).
-        audio: float16 [B, L, F, C] or [B, L, C].
+        bucket: number of the shapes that all samples of the step share, see ``View.buckets``.
+        video: float16 [B, T, C, H, W] (axes of its LatentSpec behind B); zeros where there is none.
+        audio: float16 [B, L, F, C] or [B, L, C]; zeros where there is none.
+        has_video: bool [B], False where a clip without video is kept (``data.missing=mask``).
+        has_audio: bool [B], the same for audio.
         video_start_s: float32 [B], time of the first video latent cut, less the crop's start.
         audio_start_s: float32 [B], the same for audio: up to half a latent from zero.
         text: float16 [B, S, D], zero-padded.
@@ -57,8 +60,11 @@ class LatentBatch:
 
     samples: torch.Tensor
     keys: tuple[str, ...]
+    bucket: int
     video: torch.Tensor
     audio: torch.Tensor
+    has_video: torch.Tensor
+    has_audio: torch.Tensor
     video_start_s: torch.Tensor
     audio_start_s: torch.Tensor
     text: torch.Tensor
