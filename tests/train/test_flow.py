@@ -17,8 +17,13 @@ NULL_TEXT = torch.ones(1, TEXT_WIDTH)
 PLAIN = FlowConfig(drop_text=0, drop_given=0)
 
 
-def batch_of(samples):
-    """One clip per sample number; every place of a frame and every band is at 1 or -1."""
+def batch_of(samples, has_video=None, has_audio=None):
+    """One clip per sample number; every place of a frame and every band is at 1 or -1.
+
+    What a sample lacks is zeros, as the loader leaves it.
+    """
+    whole = [True] * len(samples)
+    has_video, has_audio = torch.tensor(has_video or whole), torch.tensor(has_audio or whole)
     clips = [torch.Generator().manual_seed(sample) for sample in samples]
 
     def signs(*shape):
@@ -30,8 +35,11 @@ def batch_of(samples):
     return LatentBatch(
         samples=torch.tensor(samples),
         keys=tuple(str(sample) for sample in samples),
-        video=video.half(),
-        audio=audio.half(),
+        bucket=0,
+        video=video.half() * has_video.view(-1, 1, 1, 1, 1),
+        audio=audio.half() * has_audio.view(-1, 1, 1, 1),
+        has_video=has_video,
+        has_audio=has_audio,
         video_start_s=torch.zeros(len(samples)),
         audio_start_s=torch.zeros(len(samples)),
         text=text.half(),
@@ -49,9 +57,9 @@ class Recorder:
         return tuple(self.answers)
 
 
-def ask(samples, task_name="T2AV", config=PLAIN, seed=0, **options):
+def ask(samples, task_name="T2AV", config=PLAIN, seed=0, has=(None, None), **options):
     recorder, task = Recorder(), task_by_name(task_name)
-    batch = batch_of(samples)
+    batch = batch_of(samples, *has)
     loss = flow_loss(recorder, batch, NULL_TEXT, task, SPECS, config, seed, **options)
     return recorder, loss
 
@@ -146,6 +154,64 @@ def test_a_dropped_given_modality_is_pure_noise_without_loss():
     assert generated.t_video.item() < 1
 
 
+# Clips with both modalities, video only, audio only, nothing.
+HAS = ([True, True, False, False], [True, False, True, False])
+
+
+@pytest.mark.parametrize(
+    ("task_name", "video_counts", "audio_counts"),
+    [
+        ("T2AV", [1, 1, 0, 0], [1, 0, 1, 0]),
+        ("V2A", [0, 0, 0, 0], [1, 0, 0, 0]),
+        ("A2V", [1, 0, 0, 0], [0, 0, 0, 0]),
+    ],
+)
+def test_a_clip_that_lacks_a_modality_counts_where_it_can_serve(
+    task_name, video_counts, audio_counts
+):
+    asked, loss = ask([1, 2, 3, 4], task_name, has=HAS)
+    loss.total.backward()
+    grads = [answer.grad.flatten(1).any(1).int().tolist() for answer in asked.answers]
+    assert grads == [video_counts, audio_counts]
+    assert loss.counts.tolist() == [sum(video_counts), sum(audio_counts)]
+    served = [video or audio for video, audio in zip(video_counts, audio_counts, strict=True)]
+    assert loss.num_unserved == 4 - sum(served)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_a_missing_modality_is_pure_noise_at_time_1_and_the_other_is_as_ever(task):
+    config = dataclasses.replace(PLAIN, drop_given=0.5)
+    asked, _ = ask([1, 2, 3, 4], task.name, config, has=HAS)
+    whole, _ = ask([1, 2, 3, 4], task.name, config)
+    for name, spec, has in zip(("video", "audio"), SPECS, HAS, strict=True):
+        noise = flow.draw_noise(spec.shape, torch.device("cpu"), f"{name} noise", 0, [1, 2, 3, 4])
+        for place, is_there in enumerate(has):
+            found = getattr(asked, name)[place], getattr(asked, f"t_{name}")[place]
+            wanted = getattr(whole, name)[place], getattr(whole, f"t_{name}")[place]
+            expected = wanted if is_there else (noise[place], torch.tensor(1.0))
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_a_clip_without_sound_has_the_loss_of_its_video_alone():
+    _, loss = ask([1, 2], has=([True, True], [True, False]))
+    first, second = (ask([sample])[1].sums for sample in (1, 2))
+    torch.testing.assert_close(loss.sums, first + second * torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(loss.total, loss.sums.sum() / 2)
+
+
+def test_the_graph_does_not_depend_on_what_clips_lack():
+    def functions(has):
+        """The backward functions of a loss, in the order of their discovery."""
+        names, left = [], [ask([1, 2, 3, 4], "V2A", has=has)[1].total.grad_fn]
+        while left:
+            function = left.pop()
+            names.append(type(function).__name__)
+            left += [parent for parent, _ in function.next_functions if parent]
+        return names
+
+    assert functions(HAS) == functions((None, None)) == functions(([False] * 4, [False] * 4))
+
+
 def test_a_dropped_text_is_the_empty_caption_with_its_own_mask():
     asked, _ = ask([0, 1], config=dataclasses.replace(PLAIN, drop_text=1.0))
     assert asked.text_mask.tolist() == [[True, False, False]] * 2
@@ -187,6 +253,30 @@ def test_a_set_time_takes_the_place_of_the_drawn_one():
 def test_settings_out_of_range_are_refused(values):
     with pytest.raises(ConfigError):
         build(FlowConfig, values, "test")
+
+
+def test_shapes_may_change_from_step_to_step():
+    """One model and buckets of three shapes, in turn: the losses fall in all."""
+    torch.manual_seed(0)
+    model = DiT(SMALL, VIDEO, AUDIO, TEXT_WIDTH, num_tasks=len(TASKS))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    frames, channels, height, width = VIDEO.shape
+    shapes = [(frames, channels, 2 * height, width), (2 * frames, channels, height, width)]
+    batches = [batch_of([0, 1])]
+    for shape in shapes:
+        video = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).sign().half()
+        batches.append(dataclasses.replace(batch_of([0, 1]), video=video))
+    losses = []
+    for step in range(120):
+        batch = batches[step % 3]
+        loss = flow_loss(model, batch, NULL_TEXT, TASKS[0], SPECS, PLAIN, seed=step)
+        assert model.num_tokens(batch.video.shape[1:], batch.audio.shape[1:])[1] > 0
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        losses.append(loss.total.item())
+    for bucket in range(3):
+        assert statistics.fmean(losses[bucket::3][-5:]) < 0.6 * losses[bucket]
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)

@@ -71,7 +71,8 @@ class DiT(nn.Module):
 
     Args:
         config: size.
-        video: video latents; ``shape`` must divide into patches.
+        video: video latents; ``shape`` must divide into patches. Other shapes that do may be
+            passed to ``forward``, step by step; a patch size of 0 is that of this shape.
         audio: audio latents, the same.
         text_width: width of the text vectors.
         num_tasks: number of tasks.
@@ -152,13 +153,17 @@ class DiT(nn.Module):
         """Weights of the model; count them before ZeRO-3 partitions them."""
         return sum(weight.numel() for weight in self.parameters())
 
-    def num_tokens(self) -> tuple[int, int, int]:
-        """Return tokens of one sample by segment: task, video, audio."""
-        video, audio = (
-            patching.num_tokens(spec.shape)
-            for spec, patching in zip(self.specs, self.patchings, strict=True)
+    def num_tokens(self, video: tuple[int, ...], audio: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return tokens of one sample of these shapes by segment: task, video, audio.
+
+        Raises:
+            ValueError: the latents don't divide into patches; names the axis.
+        """
+        num_video, num_audio = (
+            patching.num_tokens(shape)
+            for patching, shape in zip(self.patchings, (video, audio), strict=True)
         )
-        return 1, video, audio
+        return 1, num_video, num_audio
 
     def forward(
         self,

@@ -68,11 +68,14 @@ class FlowLoss:
         sums: float32 [2], losses of video and audio summed over the samples where they count;
             detached. Add over ranks, then divide by ``counts``.
         counts: float32 [2], those samples.
+        num_unserved: scalar float32, the samples that had no part in the loss, as they lack what
+            the task is given or all that it generates.
     """
 
     total: torch.Tensor
     sums: torch.Tensor
     counts: torch.Tensor
+    num_unserved: torch.Tensor
 
 
 # ---------------------------------------------------------------------------------------------
@@ -127,7 +130,11 @@ def shift_time(t: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def modality_time(
-    role: Role, t: torch.Tensor, shift: float, dropped: torch.Tensor | float = 0.0
+    role: Role,
+    t: torch.Tensor,
+    shift: float,
+    dropped: torch.Tensor | float = 0.0,
+    has: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
     """Return one modality's times.
 
@@ -136,9 +143,26 @@ def modality_time(
         t: the times that the modalities share, before the shift.
         shift: the modality's shift.
         dropped: 1 where a given modality is replaced by noise, else 0; shaped as ``t``.
+        has: 0 where the sample lacks the modality, which is pure noise then, else 1; as ``t``.
     """
     rest = role.rest_time + role.given * dropped
-    return role.generated * shift_time(t, shift) + (1 - role.generated) * rest
+    time = role.generated * shift_time(t, shift) + (1 - role.generated) * rest
+    return has * time + (1 - has)
+
+
+def served(task: Task, has_video: torch.Tensor, has_audio: torch.Tensor) -> torch.Tensor:
+    """Return which samples the task can train on, float32 [B]: 1 or 0.
+
+    A sample must have what the task is given, and some of what it generates.
+
+    Args:
+        task: the task.
+        has_video: float32 [B], 1 where the sample has video, else 0.
+        has_audio: the same for audio.
+    """
+    has_given = (1 - task.video.given * (1 - has_video)) * (1 - task.audio.given * (1 - has_audio))
+    has_target = torch.maximum(task.video.generated * has_video, task.audio.generated * has_audio)
+    return has_given * has_target
 
 
 def expand_as_batch(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -236,18 +260,21 @@ def flow_loss(
 
     Returns:
         The mean over samples of ``video_weight``·(mean over video) + ``audio_weight``·(mean over
-        audio), each a mean squared error in float32, each only where the task generates it.
+        audio), each a mean squared error in float32, each only where the task generates it and
+        the sample has it. Samples that the task can't serve count as zero in this mean: to leave
+        them out of it, the ranks would have to agree on their number.
     """
     device, samples = batch.video.device, batch.samples.tolist()
     video, audio = standardise(batch.video, specs[0]), standardise(batch.audio, specs[1])
     noise_video = draw_noise(video.shape[1:], device, "video noise", seed, samples)
     noise_audio = draw_noise(audio.shape[1:], device, "audio noise", seed, samples)
+    has_video, has_audio = batch.has_video.float(), batch.has_audio.float()
 
     times = [draw_time(config, seed, sample) if time is None else time for sample in samples]
     t = torch.tensor(times, dtype=torch.float32, device=device)
     dropped = draw_dropped(config.drop_given, "drop given", seed, samples).to(device)
-    t_video = modality_time(task.video, t, config.video_shift, dropped)
-    t_audio = modality_time(task.audio, t, config.audio_shift, dropped)
+    t_video = modality_time(task.video, t, config.video_shift, dropped, has_video)
+    t_audio = modality_time(task.audio, t, config.audio_shift, dropped, has_audio)
     no_text = draw_dropped(config.drop_text, "drop text", seed, samples).to(device)
     text, text_mask = drop_text(batch.text, batch.text_mask, null_text, no_text > 0)
 
@@ -262,12 +289,17 @@ def flow_loss(
         batch.video_start_s,
         batch.audio_start_s,
     )
-    loss_video = squared_error(answer_video, velocity(video, noise_video)) * task.video.generated
-    loss_audio = squared_error(answer_audio, velocity(audio, noise_audio)) * task.audio.generated
-    total = (config.video_weight * loss_video + config.audio_weight * loss_audio).mean()
-    counts = torch.tensor([task.video.generated, task.audio.generated], device=device)
-    sums = torch.stack([loss_video.sum(), loss_audio.sum()]).detach()
-    return FlowLoss(total, sums, counts * len(samples))
+    is_served = served(task, has_video, has_audio)
+    counted_video = task.video.generated * has_video * is_served
+    counted_audio = task.audio.generated * has_audio * is_served
+    loss_video = squared_error(answer_video, velocity(video, noise_video)) * counted_video
+    loss_audio = squared_error(answer_audio, velocity(audio, noise_audio)) * counted_audio
+    return FlowLoss(
+        total=(config.video_weight * loss_video + config.audio_weight * loss_audio).mean(),
+        sums=torch.stack([loss_video.sum(), loss_audio.sum()]).detach(),
+        counts=torch.stack([counted_video.sum(), counted_audio.sum()]),
+        num_unserved=(1 - is_served).sum(),
+    )
 
 
 def squared_error(answer: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
