@@ -25,7 +25,14 @@ Batch = Annotated[int, Field(ge=1, le=1024)]
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class DctSettings:
-    """Built-in video codec: see ``pipeline.codecs.builtin.DctVideo``."""
+    """Built-in video codec: see ``pipeline.codecs.builtin.DctVideo``.
+
+    Attributes:
+        name: of the codec.
+        frames: frames of a block.
+        block: pixels of a block along each side.
+        channels: coefficients kept of a block's three colour planes.
+    """
 
     name: Literal["dct"] = "dct"
     frames: int = Field(default=1, ge=1, le=16)
@@ -35,7 +42,18 @@ class DctSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LogmelSettings:
-    """Built-in audio codec: see ``pipeline.codecs.builtin.LogmelAudio``."""
+    """Built-in audio codec: see ``pipeline.codecs.builtin.LogmelAudio``.
+
+    Attributes:
+        name: of the codec.
+        num_mels: mel bands.
+        n_fft: samples of a window of the Fourier transform.
+        hop: samples from one window to the next.
+        fmin_hz: lower end of the bands.
+        fmax_hz: upper end of the bands.
+        patch: windows and bands of a patch that becomes one latent.
+        channels: coefficients kept of a patch.
+    """
 
     name: Literal["logmel"] = "logmel"
     num_mels: int = Field(default=64, ge=4, le=1024)
@@ -49,7 +67,12 @@ class LogmelSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class HashSettings:
-    """Built-in text codec: see ``pipeline.codecs.builtin.HashText``."""
+    """Built-in text codec: see ``pipeline.codecs.builtin.HashText``.
+
+    Attributes:
+        name: of the codec.
+        width: values of a word's vector.
+    """
 
     name: Literal["hash"] = "hash"
     width: int = Field(default=64, ge=1, le=65536)
@@ -57,9 +80,10 @@ class HashSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class VideoSettings:
-    """Picture at ``fps`` frames a second.
+    """The frames that are encoded.
 
     Attributes:
+        fps: frames per second.
         size: frames are ``size`` x ``size`` pixels.
         buckets: instead of ``size``, [height, width] of several sizes; every clip takes the one
             whose aspect ratio is nearest to its own.
@@ -91,9 +115,13 @@ class VideoSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class AudioSettings:
-    """Sound: PCM at ``sample_rate`` Hz, averaged to one channel or kept as two.
+    """The PCM sound that is encoded.
 
-    Surround sound becomes two by averaging the channels of each side with the centre.
+    Attributes:
+        sample_rate: samples per second.
+        channels: 1 is the average of all; of surround sound, each of 2 is the average of its
+            side's channels and the centre.
+        batch: clips that the codec takes at once.
     """
 
     sample_rate: int = Field(default=16000, ge=4000, le=192000)
@@ -104,7 +132,12 @@ class AudioSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class TextSettings:
-    """Captions: cut after ``max_words``."""
+    """The captions that are encoded.
+
+    Attributes:
+        max_words: a longer caption is cut after so many.
+        batch: captions that the codec takes at once.
+    """
 
     max_words: int = Field(default=64, ge=1, le=65536)
     batch: Batch = 1
@@ -113,14 +146,23 @@ class TextSettings:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ClipSettings:
-    """Which span of a file is a clip: its first ``seconds``."""
+    """Which span of a file is a clip.
+
+    Attributes:
+        seconds: of a file's start; a shorter file is a shorter clip.
+    """
 
     seconds: float = Field(default=10.0, gt=0, le=DAY_S)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class WindowSettings:
-    """Cut every file into clips of ``seconds``, one each ``stride_seconds``; 0: not cut."""
+    """Long files cut into several clips.
+
+    Attributes:
+        seconds: of a clip; 0: files are not cut.
+        stride_seconds: from the start of one clip to that of the next; 0: as long as a clip.
+    """
 
     seconds: float = Field(default=0.0, ge=0, le=DAY_S)
     stride_seconds: float = Field(default=0.0, ge=0, le=DAY_S)
@@ -153,13 +195,19 @@ class CheckSettings:
     Each policy has one threshold; the facts of ``pipeline.checks`` say how it is measured.
 
     Attributes:
-        min_seconds: ``too_short`` below this much of picture and sound together.
-        min_decoded_share: ``truncated`` below this share of the frames or samples expected.
-        max_silent_share: ``silent`` above this share of time below -60 dBFS.
-        min_motion: ``still`` below this mean difference of frames 1 / fps apart (white is 1).
-            At 8 fps, coded still images gave at most .0007, the 35 real test clips .003 to .16.
-        min_fps: ``low_fps`` below this many frames a second in the file.
-        duplicate: same packets of picture and sound as a clip earlier in the plan.
+        too_short: "flag" or "drop" clips below ``min_seconds``.
+        min_seconds: of picture and sound together.
+        truncated: "flag" or "drop" clips below ``min_decoded_share``.
+        min_decoded_share: of the frames or samples expected.
+        silent: "flag" or "drop" clips above ``max_silent_share``.
+        max_silent_share: of time below -60 dBFS.
+        still: "flag" or "drop" clips below ``min_motion``.
+        min_motion: mean difference of frames 1 / fps apart (white is 1). At 8 fps, coded still
+            images gave at most .0007, the 35 real test clips .003 to .16.
+        low_fps: "flag" or "drop" clips below ``min_fps``.
+        min_fps: frames a second in the file.
+        duplicate: "flag" or "drop" clips with the same packets of picture and sound as a clip
+            earlier in the plan.
     """
 
     too_short: Policy = "drop"
@@ -189,7 +237,8 @@ class EncodeConfig:
             as many as the cluster holds.
         decoders: decoder processes of a cell, a CPU each; 0 = as many as its share of the CPUs
             allows. --calibrate advises a number.
-        encoder_cpus, encoder_gpus: of the cluster, for one encoder; .5 puts two on a GPU.
+        encoder_cpus: of the cluster, for one encoder.
+        encoder_gpus: the same; .5 puts two encoders on a GPU.
         encode_timeout_s: an encoder that is silent for so long is ended, its shard given out again.
         decode_timeout_s: a clip that takes longer has its decoder killed.
         fetch_timeout_s: so has one whose file takes longer to come, if it is not a local file.

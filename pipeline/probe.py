@@ -22,7 +22,7 @@ from pipeline.checks import clip_status, judge
 from pipeline.child import ChildProcess
 from pipeline.config import EncodeConfig, decode_settings
 from pipeline.media import Clip, ClipError, Decoded
-from pipeline.settings import ConfigError, dump, load
+from pipeline.settings import ConfigError, describe, load
 
 USAGE_ERROR = 2
 # Which facts the table shows under which heading, with what follows the number.
@@ -128,7 +128,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str], EncodeConfig]
         prog="python -m pipeline.probe",
         description="Say what is in media files, and what pipeline.encode would make of them.",
         epilog="exit code: 0 all ok, 1 some not, 2 wrong usage. Settings and their defaults:\n\n"
-        + dump(EncodeConfig()),
+        + describe(EncodeConfig()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="+", metavar="FILE | key=value", help="files and settings")

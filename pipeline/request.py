@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import EncodeConfig
-from pipeline.settings import ConfigError, dump, load
+from pipeline.settings import ConfigError, describe, load
 from pipeline.work import parse_shards, parse_statuses
 
 
@@ -81,7 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pipeline.encode",
         description="Encode clips once into latent columns. The same command again resumes.",
-        epilog="settings and their defaults:\n\n" + dump(EncodeConfig()),
+        epilog="settings and their defaults:\n\n" + describe(EncodeConfig()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
+import re
+import textwrap
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +24,8 @@ Settings = TypeVar("Settings")
 STRICT = ConfigDict(extra="forbid", str_strip_whitespace=True, allow_inf_nan=False)
 # What PyYAML raises for text that is no YAML, such as `!!int a` or 2023-99-99.
 NO_YAML = (yaml.YAMLError, ValueError, AttributeError, LookupError, RecursionError)
+# An attribute in a docstring and its text: to where the next begins at the same depth, or a blank.
+ATTRIBUTE = re.compile(r"^ ?(?: {4})?(\w+): (.+(?:\n {5,}\S.*)*)", re.MULTILINE)
 
 
 class ConfigError(Exception):
@@ -130,3 +135,32 @@ def nearest(cls: type, location: tuple[Any, ...]) -> str:
 def dump(settings: Any) -> str:
     """Return settings as YAML text that ``load`` reads back."""
     return yaml.safe_dump(TypeAdapter(type(settings)).dump_python(settings, mode="json"))
+
+
+def describe(settings: Any) -> str:
+    """Return settings as ``--help`` shows them: names, defaults, and what their classes say."""
+    lines = []
+    for name, value, text in _described(settings):
+        lines.append(f"  {name}={value}")
+        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def _described(settings: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield dotted name, value and explanation of every setting, those of sections in place."""
+    texts = attribute_texts(type(settings))
+    for field in dataclasses.fields(settings):
+        name, value = f"{prefix}{field.name}", getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _described(value, f"{name}.")
+        else:
+            plain = TypeAdapter(Any).dump_python(value, mode="json")
+            text = yaml.safe_dump(plain, default_flow_style=True).split("\n")[0]
+            yield name, text, texts.get(field.name, "")
+
+
+def attribute_texts(cls: type) -> dict[str, str]:
+    """Return what "Attributes:" in a class's docstring says, by name."""
+    section = (inspect.getdoc(cls) or "").partition("Attributes:")[2]
+    found = ATTRIBUTE.findall(section)
+    return {name: " ".join(text.replace("``", "").split()) for name, text in found}

@@ -177,7 +177,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         prog="deepspeed train/main.py",
         usage="%(prog)s [--config FILE] [key=value ...]",
         description="Train on encoded shards. The same command again continues the run.",
-        epilog="settings and their defaults:\n\n" + settings.dump(TrainConfig()),
+        epilog="settings and their defaults:\n\n" + settings.describe(TrainConfig()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -1,5 +1,6 @@
 """Settings are what the user wrote, or an error that says what to write."""
 
+import re
 from dataclasses import FrozenInstanceError, asdict
 
 import pytest
@@ -10,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from pipeline.config import EncodeConfig, column_specs
-from pipeline.settings import STRICT, ConfigError, dump, load
+from pipeline.settings import STRICT, ConfigError, attribute_texts, describe, dump, load
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -250,3 +251,29 @@ def test_picture_decides_about_sound_where_still_clips_are_dropped(setting):
 def test_setting_that_decides_no_bytes_changes_no_column(override):
     before, after = EncodeConfig(), load(EncodeConfig, None, [override])
     assert column_specs(before) == column_specs(after)
+
+
+def test_help_explains_every_setting():
+    lines = describe(EncodeConfig()).splitlines()
+    names = [number for number, line in enumerate(lines) if re.match(r"  \w", line)]
+    assert "  video.codec.channels=16" in lines and "  checks.min_fps=8.0" in lines
+    for number in names:
+        assert lines[number + 1].startswith(" " * 6), f"{lines[number]} says nothing"
+
+
+def test_an_explanation_may_take_several_lines_and_is_for_one_setting():
+    class Both:
+        """Two settings.
+
+        Attributes:
+            first: a text
+                of two lines, with ``code``.
+            second: another.
+
+        Something else: that is no setting.
+        """
+
+    assert attribute_texts(Both) == {
+        "first": "a text of two lines, with code.",
+        "second": "another.",
+    }
