@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -114,11 +115,12 @@ class ColumnCheck:
         yield from (Finding(problem) for problem in problems)
         tar = self.column.path / record.tar
         try:
-            found = tar.stat().st_size
+            facts = tar.stat()
+            found = facts.st_size if stat.S_ISREG(facts.st_mode) else None  # to open a pipe hangs
+            state = "is no file" if found is None else f"has {found} bytes"
         except FileNotFoundError:
-            found = None
+            found, state = None, "is missing"
         if found != record.tar_bytes:
-            state = "is missing" if found is None else f"has {found} bytes"
             yield Finding(
                 f"{tar} {state}, expected {record.tar_bytes} bytes; {repair(self.column, shard)}"
             )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -195,6 +196,15 @@ def test_file_of_another_size_is_named(dataset, ending, damage):
     (finding,) = findings(dataset)
     assert str(path) in finding.message
     assert any(str(path) in finding.message for finding in findings(dataset, full=True))
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_pipe_in_place_of_a_tar_is_named_and_not_waited_for(dataset, full):
+    tar = folder_of(dataset, "video") / "000001.tar"
+    tar.unlink()
+    os.mkfifo(tar)
+    [found] = [f.message for f in findings(dataset, full) if "000001.tar" in f.message]
+    assert "is no file, expected" in found
 
 
 @pytest.mark.parametrize(
