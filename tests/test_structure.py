@@ -33,7 +33,8 @@ IMPORTERS = {
 }
 TRAIN_MAY_IMPORT = {"pipeline", "pipeline.files", "pipeline.format", "pipeline.settings"}
 DATA_MAY_IMPORT = TRAIN_MAY_IMPORT | {
-    *("pipeline.data_root", "pipeline.media_cache", "pipeline.plan_table", "pipeline.tables"),
+    *("pipeline.data_root", "pipeline.media_cache", "pipeline.plan_table", "pipeline.records"),
+    "pipeline.tables",
 }
 SAMPLE_MAY_IMPORT = TRAIN_MAY_IMPORT | {
     *("pipeline.codecs", "pipeline.gallery", "pipeline.plan_table"),
