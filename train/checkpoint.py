@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # sampling reads checkpoints where DeepSpeed isn't wanted
     from train.ema import Ema
     from train.engine import Engine
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 MARKER = "COMPLETE"
 
 
@@ -237,8 +237,9 @@ class TrainedModel:
         audio: the same for audio.
         text_width: width of the text vectors.
         num_tasks: number of task tokens.
-        root: data set, where it was during training.
-        columns: directory name of the column by modality.
+        shapes: of video and audio crops, all that occurred.
+        root: folder or URL of the data set, of the first of several, during training.
+        columns: directory name of its column by modality.
         seconds: length of a crop.
         heldout_share: share of the training split that was held out.
         flow: the objective, whose time shifts sampling keeps.
@@ -252,7 +253,8 @@ class TrainedModel:
     audio: LatentSpec
     text_width: int
     num_tasks: int
-    root: Path
+    shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    root: str
     columns: dict[str, str]
     seconds: float
     heldout_share: float
@@ -287,8 +289,9 @@ def load_model_for_sampling(path: Path) -> TrainedModel:
         audio=read_spec(data["audio"]),
         text_width=data["text_width"],
         num_tasks=data["num_tasks"],
-        root=Path(data["root"]),
-        columns=data["columns"],
+        shapes=tuple((tuple(video), tuple(audio)) for video, audio in data["shapes"]),
+        root=data["parts"][0]["root"],
+        columns=data["parts"][0]["columns"],
         seconds=data["seconds"],
         heldout_share=data["heldout_share"],
         flow=settings.build(

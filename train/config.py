@@ -22,7 +22,7 @@ from pydantic.dataclasses import dataclass
 
 from pipeline import settings
 from pipeline.settings import STRICT, ConfigError
-from train.data.view import DataConfig
+from train.data.config import DataConfig
 from train.model import ModelConfig
 from train.objective.flow import FlowConfig
 from train.objective.tasks import TaskWeights
@@ -82,7 +82,8 @@ class TrainConfig:
             same folder continues the run.
         seed: keys every random draw; the initial weights too.
         steps: optimiser steps of the whole run.
-        global_batch: samples per optimiser step, over all ranks.
+        global_batch: samples per optimiser step, over all ranks. A run that continues with
+            another one takes its next samples from where it was.
         micro_batch: samples per forward pass on one rank. Gradients are accumulated over
             global_batch / (micro_batch × ranks) passes, which must be whole.
         model: the transformer; ``model.preset=NAME`` starts from configs/model/NAME.yaml.
@@ -103,7 +104,7 @@ class TrainConfig:
     global_batch: PositiveInt = 64
     micro_batch: PositiveInt = 8
     model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()  # pyright: ignore[reportCallIssue]
+    data: DataConfig = DataConfig()
     tasks: TaskWeights = TaskWeights()
     flow: FlowConfig = FlowConfig()
     optim: OptimConfig = OptimConfig()

@@ -1,18 +1,22 @@
 """What makes two runs the same: the settings that a checkpoint can't be continued without.
 
-Everything else (learning rate, steps, logging, micro-batch) may change between two starts.
+Everything else (learning rate, steps, logging, batch sizes) may change between two starts. Another
+global batch takes its samples from where the stream was: no sample is repeated or left out, but
+the steps behind are not those of a run that never changed.
 """
 
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from train.config import TrainConfig, as_dict
-from train.data.view import View
+from train.data.config import DataConfig
+from train.data.view import Part, View
 from train.errors import ResumeError
 from train.objective.tasks import TASKS
 
@@ -21,26 +25,49 @@ def describe_run(config: TrainConfig, view: View) -> dict[str, Any]:
     """Return what must stay the same for a run to be continued, as JSON values."""
     return {
         "seed": config.seed,
-        "global_batch": config.global_batch,
         "model": as_dict(config.model),
         "objective": {"flow": as_dict(config.flow), "tasks": as_dict(config.tasks)},
-        "view": {"view_id": view.view_id, "columns": view.columns},
+        "view": {
+            "view_id": view.view_id,
+            "columns": {str(i): column_names(part) for i, part in enumerate(view.parts)},
+        },
     }
 
 
 def describe_data(config: TrainConfig, view: View) -> dict[str, Any]:
-    """Return what sampling has to know of the data set, as JSON values."""
+    """Return what sampling has to know of the data, as JSON values."""
     return {
-        "root": str(Path(config.data.root).resolve()),
+        "parts": [{"root": str(part.root), "columns": column_names(part)} for part in view.parts],
         "plan_id": view.plan_id,
-        "columns": view.columns,
         "seconds": config.data.seconds,
         "heldout_share": config.data.heldout_share,
         "video": asdict(view.video),
         "audio": asdict(view.audio),
+        "shapes": [[bucket.video.shape, bucket.audio.shape] for bucket in view.buckets],
         "text_width": view.text_width,
         "num_tasks": len(TASKS),
     }
+
+
+def column_names(part: Part) -> dict[str, str]:
+    """Return the directory names of a data set's columns by modality."""
+    return {modality: column.path.name for modality, column in part.opened.items()}
+
+
+def with_columns(config: DataConfig, parts: Sequence[dict[str, str]]) -> DataConfig:
+    """Return settings that name the columns of ``parts`` wherever they name none themselves.
+
+    A column encoded since must not make "the only one" ambiguous.
+    """
+
+    def unnamed(settings: Any, columns: dict[str, str]) -> dict[str, str]:
+        return {name: columns[name] for name in columns if getattr(settings, name) is None}
+
+    if not config.mix:
+        return replace(config, **unnamed(config, parts[0]))
+    pairs = zip(config.mix, parts, strict=False)  # another number of data sets is refused later
+    named = [replace(part, **unnamed(part, columns)) for part, columns in pairs]
+    return replace(config, mix=(*named, *config.mix[len(named) :]))
 
 
 def program_versions() -> dict[str, str]:

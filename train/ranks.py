@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,14 @@ class AgreedError(Exception):
     """An error that all ranks raise together, so that one of them can report it."""
 
 
+class Verdict(IntEnum):
+    """What is to be done next. The ranks do the greatest of what each of them wants."""
+
+    GO = 0
+    STOP = 1
+    NO_DATA = 2
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One rank's view of the process group.
@@ -41,11 +50,11 @@ class Ranks:
     num_ranks: int
     device: torch.device
 
-    def maximum(self, value: int) -> int:
-        """Return the largest ``value`` of all ranks."""
-        tensor = torch.tensor(value, dtype=torch.int64, device=self.device)
+    def agree(self, mine: Verdict) -> Verdict:
+        """Return the greatest of the ranks' verdicts."""
+        tensor = torch.tensor(mine.value, dtype=torch.int64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
+        return Verdict(int(tensor))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """Return the elementwise sum of float64 ``values`` over ranks, on the CPU."""

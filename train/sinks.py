@@ -66,15 +66,26 @@ class Sinks:
 
 def is_shown(name: str) -> bool:
     """Whether a metric is worth a place on the screen."""
-    return name in ("samples_per_s", "data_wait") or name.endswith(("/video", "/audio"))
+    return (
+        name in ("samples_per_s", "data_wait", "substituted")
+        or name.startswith("unserved/")
+        or name.endswith(("/video", "/audio"))
+    )
 
 
 def line(metrics: Metrics) -> str:
     """Return metrics as one line of text."""
     return "  ".join(
-        f"{name.removeprefix('loss/')} {'not finite' if value is None else f'{value:.4g}'}"
+        f"{name.removeprefix('loss/')} {shown_value(name, value)}"
         for name, value in metrics.items()
     )
+
+
+def shown_value(name: str, value: float | None) -> str:
+    """Return a metric as text; shares of the time in per cent."""
+    if value is None:
+        return "not finite"
+    return f"{value:.2%}" if name == "data_wait" else f"{value:.4g}"
 
 
 def keep_until(path: Path, step: int) -> None:

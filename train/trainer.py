@@ -6,11 +6,8 @@ opening files, runs ``together``: if it fails anywhere it fails everywhere, with
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pipeline import settings
 from pipeline.files import write_atomically
@@ -22,14 +19,19 @@ from train.data.loader import LatentLoader
 from train.data.view import View, open_view
 from train.ema import Ema
 from train.engine import Engine, StepResult, choose_precision
-from train.identity import check_continues, describe_data, describe_run, program_versions
+from train.identity import (
+    check_continues,
+    describe_data,
+    describe_run,
+    program_versions,
+    with_columns,
+)
 from train.meter import Meter
-from train.model import DiT
+from train.new_model import describe_model, new_model
 from train.objective.flow import flow_loss
-from train.objective.tasks import TASKS, Task, task_of_step
+from train.objective.tasks import Task, task_of_step
 from train.preempt import StopRequest
-from train.ranks import AgreedError, Ranks
-from train.rng import seed_of
+from train.ranks import USER_ERRORS, AgreedError, Ranks, Verdict, one_message
 from train.sinks import Sinks
 
 # A few bad batches are survived; ten in a row mean that the weights or the data are broken.
@@ -55,26 +57,32 @@ class Trainer:
         # Rank 0 chooses, as a shared file system may show the ranks different folders.
         newest = checkpoint.latest_complete(self.run_dir) if ranks.rank == 0 else None
         self.resumed: Path | None = ranks.gather(newest)[0]
+        self.saved = ranks.together(self._read_saved)
         self.view, self.loader = ranks.together(self._open_data)
         self.sinks: Sinks | None = None
         self.step = ranks.together(self._position)  # optimiser steps done
+        self.first_step = self.saved_step = self.step
         self.skipped_in_a_row = 0
+        self.data_error: str | None = None
         ranks.check_agreement(
             {
                 "data": self.view.view_id,
                 "settings": fingerprint(as_dict(config)),
                 "programs": fingerprint(program_versions()),
                 "steps": (self.step, config.steps),
+                "steps per epoch": self.loader.steps_per_epoch,
+                "place in the data": fingerprint(self.loader.state_dict()),
             }
         )
 
+    def _read_saved(self) -> dict[str, Any] | None:
+        return checkpoint.read_state(self.resumed) if self.resumed else None
+
     def _open_data(self) -> tuple[View, LatentLoader]:
         config, ranks, data = self.config, self.ranks, self.config.data
-        if self.resumed:  # a column encoded since must not make "the only one" ambiguous
-            columns = checkpoint.read_state(self.resumed)["data"]["columns"]
-            unnamed = {name: columns[name] for name in columns if getattr(data, name) is None}
-            data = replace(data, **unnamed)
-        view = open_view(Path(data.root), data, time_multiple=config.model.time_patches)
+        if self.saved:
+            data = with_columns(data, [part["columns"] for part in self.saved["data"]["parts"]])
+        view = open_view(data, "train", config.model.time_patches)
         loader = LatentLoader(
             view,
             seed=config.seed,
@@ -96,19 +104,19 @@ class Trainer:
 
     def _position(self) -> int:
         """Put the loader where the newest checkpoint was taken; return the steps done."""
-        if self.resumed is None:
+        if not (self.resumed and self.saved):
             return 0
-        state = checkpoint.read_state(self.resumed)
         run = describe_run(self.config, self.view)
-        check_continues(self.resumed, state, run, self._layout())
-        self.loader.load_state_dict(state["loader"])
-        return state["step"]
+        check_continues(self.resumed, self.saved, run, self._layout())
+        self.loader.load_state_dict(self.saved["loader"])
+        return self.saved["step"]
 
     def run(self) -> None:
         """Train until ``steps`` are done or someone asks to stop; either way it is saved.
 
         Raises:
-            AgreedError: too many steps in a row had gradients that are not finite.
+            AgreedError: too many steps in a row had gradients that are not finite; or a rank can't
+                read its data any more: then what was trained is saved.
         """
         self.ranks.on_first(self._open_run_dir)
         try:
@@ -122,6 +130,23 @@ class Trainer:
             if self.sinks:
                 self.sinks.close()
 
+    def _say_where(self) -> None:
+        """Say what is continued, and what is not as it was."""
+        if self.saved:
+            self.say(
+                f"continuing from {self.resumed}, step {self.step} of {self.config.steps}: "
+                f"{self.loader.position()}"
+            )
+            before = self.saved["loader"]["global_batch"]
+            if before != self.config.global_batch:
+                self.say(
+                    f"global_batch was {before}, is now {self.config.global_batch}: the samples go "
+                    "on where they were, the steps are not those of an unchanged run"
+                )
+        _, incomplete = checkpoint.find_checkpoints(self.run_dir)
+        for folder in incomplete:
+            self.say(f"ignoring {folder}: it is incomplete")
+
     def _open_run_dir(self) -> None:
         """Record the settings and open the metrics; on rank 0."""
         try:
@@ -130,58 +155,86 @@ class Trainer:
         except OSError as error:
             raise ConfigError(f"run_dir {self.run_dir} can't be written: {error}") from None
         self.sinks = Sinks(self.run_dir, self.step, self.config.steps)
-        if self.resumed:
-            self.say(
-                f"continuing from {self.resumed}, step {self.step} of {self.config.steps}: "
-                f"{self.loader.position()}"
-            )
-        _, incomplete = checkpoint.find_checkpoints(self.run_dir)
-        for folder in incomplete:
-            self.say(f"ignoring {folder}: it is incomplete")
-
-    def _new_model(self) -> DiT:
-        """Return the model with its initial weights, the same on all ranks."""
-        view = self.view
-        torch.manual_seed(seed_of(self.config.seed, "weights"))
-        try:
-            return DiT(self.config.model, view.video, view.audio, view.text_width, len(TASKS))
-        except ValueError as error:
-            raise ConfigError(f"the model does not fit the data: {error}") from None
+        self._say_where()
 
     def _build(self) -> None:
-        """Build model, optimiser and EMA, or restore them."""
+        """Build model, optimiser and EMA, or restore them; wait for the first batch."""
         config = self.config
-        model = self.ranks.together(self._new_model)
+        model = self.ranks.together(lambda: new_model(config, self.view))
         self.say(
-            f"{model.num_parameters / 1e6:.1f} M parameters, {sum(model.num_tokens())} tokens a "
-            f"sample, {self.ranks.num_ranks} ranks × {config.micro_batch} samples × "
-            f"{self.accumulation} passes a step, {self.precision}, ZeRO-{config.zero_stage}"
+            f"{describe_model(model, self.view)}, {self.ranks.num_ranks} ranks × "
+            f"{config.micro_batch} samples × {self.accumulation} passes a step, {self.precision}, "
+            f"ZeRO-{config.zero_stage}"
         )
         self.engine = Engine(model, config, self.ranks, self.accumulation)
         self.ema = Ema(self.engine, config.ema_decay)
         if self.resumed:
             checkpoint.restore(self.resumed, self.engine, self.ema, self.ranks)
         self.null_text = self.view.null_text.to(self.ranks.device)
-        self.meter = Meter(self.ranks, config.global_batch)
         self.stop = StopRequest(self.run_dir, watch_file=self.ranks.rank == 0)
         self.stop.listen()
+        self.ranks.together(self.loader.wait_step)  # start-up: the meter's clock starts behind it
+        self.meter = Meter(self.ranks, config.global_batch)
 
     def _train(self) -> None:
-        config = self.config
+        """Take steps until all are done or the ranks agree to end, then save."""
+        config, verdict = self.config, Verdict.GO
         while self.step < config.steps:
+            verdict = self._agree()
+            if verdict != Verdict.GO:
+                break
             task = task_of_step(config.tasks, config.seed, self.step)
             result = self._train_step(task)
             self._check_step(result, task)
             self.step += 1
-            is_last = self.step == config.steps
-            is_stopping = bool(self.ranks.maximum(self.stop.is_set()))
-            if is_last or is_stopping or self.step % config.log.every_steps == 0:
+            if self.step % config.log.every_steps == 0:
                 self._report()
-            if is_last or is_stopping or self.step % config.checkpoint.every_steps == 0:
+            if self.step % config.checkpoint.every_steps == 0:
                 self._save()
-            if is_stopping:
-                self._say_stopped()
-                return
+        self._finish(verdict)
+
+    def _agree(self) -> Verdict:
+        """Wait for this rank's part of the next step, then agree with all ranks on what to do.
+
+        The only collective call of a step beside DeepSpeed's. A rank that can't read its data, and
+        failed alone, would leave the others waiting for it in the middle of a step.
+        """
+        mine = Verdict.GO
+        try:
+            with self.meter.waiting():
+                self.loader.wait_step()
+        except USER_ERRORS as error:
+            self.data_error = str(error) or repr(error)
+            mine = Verdict.NO_DATA
+        else:
+            # One step is made in any case, so that a run that is stopped again and again goes on.
+            if self.step > self.first_step and self.stop.is_set():
+                mine = Verdict.STOP
+        return self.ranks.agree(mine)
+
+    def _finish(self, verdict: Verdict) -> None:
+        """Report and save what was done since the last time, and say why it ends.
+
+        Raises:
+            AgreedError: a rank can't read its data.
+        """
+        if self.meter.num_steps:
+            self._report()
+        if self.step > self.saved_step:
+            self._save()
+        if self.step > self.first_step:
+            self.say(f"waited for data {self.meter.data_wait:.2%} of the time")
+        if verdict == Verdict.NO_DATA:
+            failures = one_message(self.ranks.gather(self.data_error))
+            raise AgreedError(
+                f"the data can't be read any more: {failures}. Step {self.step} of "
+                f"{self.config.steps} is saved in {self.run_dir}: mend the data, and the same "
+                "command continues"
+            )
+        if verdict == Verdict.STOP:
+            self._say_stopped()
+        if self.ranks.rank == 0:
+            self.stop.clear_file()
 
     def _train_step(self, task: Task) -> StepResult:
         """Run one optimiser step: accumulate micro-batches, update weights and EMA."""
@@ -221,9 +274,9 @@ class Trainer:
             )
 
     def _report(self) -> None:
-        metrics = self.meter.summary()
+        metrics = self.meter.summary(self.loader.num_substituted)
         metrics["learning_rate"] = self.config.learning_rate(self.step - 1)
-        metrics["samples"] = self.step * self.config.global_batch
+        metrics["samples"] = self.loader.state_dict()["samples_consumed"]
         if self.sinks:
             self.sinks.write(self.step, metrics)
 
@@ -240,6 +293,7 @@ class Trainer:
         checkpoint.save_checkpoint(folder, self.engine, self.ema, self.ranks, state)
         keep_last = self.config.checkpoint.keep_last
         self.ranks.on_first(lambda: checkpoint.prune(self.run_dir, keep_last))
+        self.saved_step = self.step
         self.say(f"saved {folder}")
 
     def _say_stopped(self) -> None:
@@ -248,8 +302,6 @@ class Trainer:
             f"stopped at step {self.step} of {self.config.steps} by {', '.join(reasons)}; "
             "the same command continues"
         )
-        if self.ranks.rank == 0:
-            self.stop.clear_file()
 
     def say(self, text: str) -> None:
         """Show a message on rank 0."""

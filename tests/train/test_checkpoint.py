@@ -19,7 +19,8 @@ from train.checkpoint import (
 from train.errors import ResumeError
 from train.identity import check_continues
 
-RUN = {"seed": 0, "global_batch": 4, "model": {"width": 32, "depth": 2}, "view": {"view_id": "a"}}
+VIEW = {"view_id": "a", "columns": {"0": {"video": "video@dct-1"}}}
+RUN = {"seed": 0, "model": {"width": 32, "depth": 2}, "view": VIEW}
 LAYOUT = {"num_ranks": 2, "zero_stage": 2, "precision": "fp32"}
 
 
@@ -106,8 +107,11 @@ def test_same_run_continues(tmp_path):
     [
         ({"model": {"width": 64, "depth": 2}}, "model.width was 32, is now 64"),
         ({"seed": 5}, "seed was 0, is now 5"),
-        ({"global_batch": 8}, "global_batch was 4, is now 8"),
-        ({"view": {"view_id": "b"}}, "view.view_id was 'a', is now 'b'"),
+        ({"view": {**VIEW, "view_id": "b"}}, "view.view_id was 'a', is now 'b'"),
+        (
+            {"view": {**VIEW, "columns": {"0": {"video": "video@dct-2"}}}},
+            "view.columns.0.video was 'video@dct-1', is now 'video@dct-2'",
+        ),
     ],
 )
 def test_a_changed_run_is_refused_with_the_field_and_both_values(tmp_path, change, expected):

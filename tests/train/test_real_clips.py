@@ -21,6 +21,7 @@ TIMINGS = {"step_s", "samples_per_s", "data_wait"}
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_stopped_and_resumed_training_on_real_shards_has_equal_losses(shared_clips, tmp_path):
     shards = tmp_path / "shards"
     encode = ["pipeline.encode", "--src", str(shared_clips / "vggsound"), "--out", str(shards)]

@@ -61,7 +61,13 @@ TASKS = (
 
 @pydantic_dataclasses.dataclass(frozen=True, kw_only=True, config=STRICT)
 class TaskWeights:
-    """How often each task is trained, relative to the others."""
+    """How often each task is trained, relative to the others.
+
+    Attributes:
+        t2av: text to video and audio.
+        v2a: video, and text, to audio.
+        a2v: audio, and text, to video.
+    """
 
     t2av: Weight = 1.0
     v2a: Weight = 1.0
