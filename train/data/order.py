@@ -140,10 +140,10 @@ class EpochOrder:
     def _refill(self, bucket: int, num_rows: int) -> np.ndarray:
         """Return the first rows of a bucket in this epoch, all of them again and again if few."""
         end = np.zeros_like(self._end)
-        end[bucket] = min(num_rows, self._before[-1, bucket])
+        end[bucket] = num_rows
         windows = self._windows(np.zeros_like(end), end)
         found = [self._by_bucket(window)[bucket][1] for window in windows]
-        return np.resize(np.concatenate([*found, end[:0]])[: end[bucket]], num_rows)
+        return np.resize(np.concatenate(found)[:num_rows], num_rows)
 
 
 def wraps(totals: np.ndarray, global_batch: int, tail: Tail) -> bool:
