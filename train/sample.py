@@ -7,42 +7,30 @@ through the columns' codecs and writes mp4 files and a gallery page.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from pipeline.codecs import Codec, build_codec
 from pipeline.files import write_json
-from pipeline.format import Column, FormatError
+from pipeline.format import Column, FormatError, read_json
 from pipeline.gallery import Entry, Take, media_path, write_gallery
 from pipeline.settings import ConfigError
 from train.checkpoint import TrainedModel, load_model_for_sampling
-from train.data import DataConfig, View, open_view
-from train.data.payload import PayloadReader
+from train.data.config import DataConfig
+from train.data.drawn import Drawn, draw
+from train.data.view import Subset, View, open_view
 from train.errors import ResumeError
+from train.latents import LatentSpec
 from train.objective import Task, sample, standardise, task_by_name, unstandardise
 from train.objective.tasks import GENERATED, GIVEN
-from train.rng import seed_of
 
 BATCH = 16
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One clip drawn for sampling: its place, its text and its stored latents from second 0."""
-
-    key: str
-    uri: str
-    start_s: float
-    caption: str
-    video: torch.Tensor
-    audio: torch.Tensor
-    text: torch.Tensor
 
 
 def main() -> None:
@@ -69,7 +57,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="run_dir, or a step_* in it")
     parser.add_argument("--task", required=True, help="t2av, v2a or a2v")
-    parser.add_argument("--data", type=Path, help="data set (default: the one of the training)")
+    parser.add_argument("--data", help="data set or URL (default: the one of the training)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result")
     parser.add_argument("--num", type=int, default=4, help="clips to draw (default 4)")
     parser.add_argument(
@@ -111,33 +99,46 @@ def run(arguments: argparse.Namespace) -> Path:
         sys.stderr.write(f"{found} {arguments.num}: all are taken\n")
     clips = draw(view, arguments.num, arguments.seed)
     model = trained.build(arguments.device)
+    opened = view.parts[0].opened
     codecs = {
         modality: build_codec(column.spec.codec, column.spec.preprocessing)
-        for modality, column in view.opened.items()
+        for modality, column in opened.items()
         if modality != "text"
     }
     # Found out before anything is computed: the folder can't be written.
     (arguments.out / "media").mkdir(parents=True, exist_ok=True)
+    earlier = listed_media(arguments.out)
     entries = []
-    for first in range(0, len(clips), BATCH):
-        batch = clips[first : first + BATCH]
-        generated = generate(model, trained, task, batch, view.null_text, arguments)
+    for batch in batches(clips):
+        bucket = view.buckets[batch[0].bucket]
+        specs = (
+            replace(trained.video, shape=bucket.video.shape),
+            replace(trained.audio, shape=bucket.audio.shape),
+        )
+        generated = generate(model, trained, specs, task, batch, view.null_text, arguments)
         for clip, video, audio in zip(batch, *generated, strict=True):
-            entries.append(entry(clip, task, video, audio, codecs, view.opened))
+            entries.append(entry(clip, task, video, audio, codecs, opened))
     note = (
         f"{arguments.checkpoint}, step {trained.step}; {arguments.subset} clips of "
-        f"{arguments.data or trained.root}; {arguments.steps} Euler steps, guidance "
+        f"{view.parts[0].root}; {arguments.steps} Euler steps, guidance "
         f"{arguments.guidance:g}, seed {arguments.seed}. Source: the stored latents, decoded."
     )
     page = write_gallery(arguments.out, f"{task.name} samples", note, entries)
-    write_json(arguments.out / "samples.json", describe(task, clips, trained, arguments))
+    listing = describe(task, clips, trained, arguments)
+    for name in earlier - media_of(listing):
+        (arguments.out / name).unlink(missing_ok=True)
+    write_json(arguments.out / "samples.json", listing)
     return page
 
 
-def matching_view(trained: TrainedModel, root: Path, subset: Any) -> View:
-    """Open the columns that the model was trained on, in any data set that has them."""
+def matching_view(trained: TrainedModel, root: str, subset: Subset) -> View:
+    """Open the columns that the model was trained on, in any data set that has them.
+
+    Raises:
+        FormatError: it has other columns, or clips of a size that the model has not met.
+    """
     config = DataConfig(
-        root=str(root),
+        root=root,
         video=trained.columns["video"],
         audio=trained.columns["audio"],
         text=trained.columns["text"],
@@ -145,12 +146,15 @@ def matching_view(trained: TrainedModel, root: Path, subset: Any) -> View:
         heldout_share=trained.heldout_share,
         missing="drop",
     )
-    view = open_view(root, config, subset, trained.config.time_patches)
-    for spec, expected in ((view.video, trained.video), (view.audio, trained.audio)):
-        if spec.shape != expected.shape:
+    view = open_view(config, subset, trained.config.time_patches)
+    for bucket in view.buckets:
+        shapes = (bucket.video.shape, bucket.audio.shape)
+        if shapes not in trained.shapes:
+            met = " or ".join(f"{video} and {audio}" for video, audio in trained.shapes)
             raise FormatError(
-                f"{root}: {spec.modality} crops are {spec.shape}, the model of {trained.folder} "
-                f"was trained on {expected.shape}; use a data set of that size"
+                f"{root}: {bucket.num_clips} crops of video and audio are {shapes[0]} and "
+                f"{shapes[1]}, the model of {trained.folder} was trained on {met}; use a data set "
+                "of that size"
             )
     if view.text_width != trained.text_width:
         raise FormatError(
@@ -160,45 +164,26 @@ def matching_view(trained: TrainedModel, root: Path, subset: Any) -> View:
     return view
 
 
-def draw(view: View, num: int, seed: int) -> list[Drawn]:
-    """Choose ``num`` clips by the seed, or all if there are fewer; read them from second 0."""
-    places = np.random.default_rng(seed_of(seed, "draw")).permutation(view.num_clips)[:num]
-    readers = {m: PayloadReader(column, 8, verify_crc=True) for m, column in view.opened.items()}
-    wanted = ["key", "uri", "start_s", "caption"]
-    plan = pq.read_table(view.opened["video"].path.parent / "plan.parquet", columns=wanted)
-    by_key = {row["key"]: row for row in plan.to_pylist()}
-
-    def read(modality: str, shard: int, row: int, record: Any, length: int | None) -> torch.Tensor:
-        latent = readers[modality].read_row(shard, row, modality, record)
-        return torch.from_numpy(latent[:length])
-
-    drawn = []
-    for place in places.tolist():
-        shard, row = int(view.clips.shards[place]), int(view.clips.rows[place])
-        caption = int(view.clips.text_rows[place])
-        drawn.append(
-            Drawn(
-                **by_key[view.clips.keys[place]],
-                video=read("video", shard, row, view.index["video"][place], view.video.shape[0]),
-                audio=read("audio", shard, row, view.index["audio"][place], view.audio.shape[0]),
-                text=read("text", *view.text_place(caption), view.index["text"][caption], None),
-            )
-        )
-    return drawn
+def batches(clips: list[Drawn]) -> Iterator[list[Drawn]]:
+    """Yield clips of one shape, up to ``BATCH`` at a time."""
+    for bucket in dict.fromkeys(clip.bucket for clip in clips):
+        alike = [clip for clip in clips if clip.bucket == bucket]
+        for first in range(0, len(alike), BATCH):
+            yield alike[first : first + BATCH]
 
 
 def generate(
     model: Any,
     trained: TrainedModel,
+    specs: tuple[LatentSpec, LatentSpec],
     task: Task,
     clips: list[Drawn],
     null_text: torch.Tensor,
     arguments: argparse.Namespace,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the task on a batch of clips; return unscaled float32 latents on the CPU."""
+    """Run the task on a batch of clips of one shape; return unscaled float32 latents on the CPU."""
     device = torch.device(arguments.device)
     stored = {m: torch.stack([getattr(clip, m) for clip in clips]) for m in ("video", "audio")}
-    specs = (trained.video, trained.audio)
     given = tuple(
         standardise(stored[spec.modality].to(device), spec) if role == GIVEN else None
         for spec, role in zip(specs, (task.video, task.audio), strict=True)
@@ -284,6 +269,23 @@ def describe(
             for clip in clips
         ],
     }
+
+
+def media_of(listing: dict[str, Any]) -> set[str]:
+    """Return the files that a samples.json lists, relative to its folder."""
+    return {clip[name] for clip in listing["clips"] for name in ("source", "generated")}
+
+
+def listed_media(out: Path) -> set[str]:
+    """Return the media of an earlier gallery in the folder, as its samples.json lists them.
+
+    Names that lead elsewhere than media/ are none of ours.
+    """
+    try:
+        found = media_of(read_json(out / "samples.json"))
+        return {name for name in found if re.fullmatch(r"media/[^/]+\.mp4", name)}
+    except (FormatError, KeyError, TypeError):
+        return set()  # nothing was sampled here, or not by this program
 
 
 if __name__ == "__main__":
