@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.files import map_ahead, scan, write_json
+from pipeline.files import scan, write_json
 
 FORMAT_VERSION = 1
 MODALITIES = ("video", "audio", "text")
@@ -211,6 +211,11 @@ class ColumnSpec:
         """Position of the channel axis, the one that statistics are kept for."""
         return self.axes.index("channel")
 
+    @property
+    def stores_moments(self) -> bool:
+        """Whether means and log-variances are stored, one behind the other in the channel axis."""
+        return self.codec.get("store") == "moments"
+
 
 def shard_name(shard: int) -> str:
     """Return the stem of a shard's files."""
@@ -296,24 +301,14 @@ class Column:
         """Return the path of a committed shard's tar."""
         return self.path / self.committed(shard)["tar"]
 
-    def statistics(self) -> dict[str, Any]:
-        """Sum the channel statistics of all committed shards.
-
-        Returns:
-            ``count`` (values per channel), ``mean`` and ``std`` (lists, one value a channel).
-
-        Raises:
-            FormatError: no committed shard holds a payload.
-        """
-        records = map_ahead(self.path, self.committed, sorted(self.committed_shards()))
-        statistics = statistics_of(record["channels"] for record in records)
-        if statistics is None:
-            raise FormatError(f"{self.path} holds no encoded clip; run pipeline.encode first")
-        return statistics
-
 
 def statistics_of(sums: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return ``Column.statistics`` of the shards' "channels", or None where they have no values."""
+    """Return the channel statistics of a column from its shards' "channels".
+
+    Returns:
+        ``count`` (values per channel), ``mean`` and ``std`` (lists, one value a channel); None
+        where the shards hold no payload.
+    """
     count, total, squares = 0, np.zeros(1), np.zeros(1)
     for shard in sums:
         if shard["count"]:

@@ -87,7 +87,7 @@ class Totals:
             self.channels.append(record.channels)
 
     def statistics(self) -> dict[str, Any] | None:
-        """Return what ``format.Column.statistics`` does, or None where no shard has a payload.
+        """Return what ``format.statistics_of`` does.
 
         Raises:
             FormatError: the shards have not the same number of channels.

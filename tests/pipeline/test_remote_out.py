@@ -383,7 +383,6 @@ def test_status_and_sums_are_those_of_a_local_folder(built, local):
             for dataset in (built, local)
         )
         assert sum_records(remote) == sum_records(there)
-        assert sum_records(remote).statistics() == there.statistics() == remote.statistics()
 
 
 @pytest.mark.parametrize("full", [False, True])

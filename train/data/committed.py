@@ -1,130 +1,123 @@
-"""What a view builds on: the plan's rows and the indices of committed shards, all checked."""
+"""Committed shards of a column, whose files are compared with record and plan before any use."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import google_crc32c
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.format import INDEX_DTYPE, Column, FormatError, Plan, keys_hash, shard_name
-from train.data.payload import REPAIR
+from pipeline.format import OK, Column, FormatError, shard_name
+from pipeline.records import (
+    CommitRecord,
+    read_index,
+    read_record,
+    record_path,
+    record_problems,
+    repair,
+)
+
+
+class MissingFileError(FormatError, FileNotFoundError):
+    """A file of a committed shard is not there: it was removed, or a file system is away."""
 
 
 @dataclass(frozen=True)
-class PlanRows:
-    """All clips of a plan, in plan order.
+class CommittedShard:
+    """A shard whose index, and whose tar's size, are what its commit record states.
 
     Attributes:
-        shards: int64 [N].
-        rows: int64 [N], row within the shard.
-        keys: N clip keys.
-        splits: object [N], names of splits.
-        text_rows: int64 [N], row of the caption among all captions.
+        record: the commit record.
+        index: ``INDEX_DTYPE`` [rows]; every array lies inside the tar.
     """
 
-    shards: np.ndarray
-    rows: np.ndarray
-    keys: tuple[str, ...]
-    splits: np.ndarray
-    text_rows: np.ndarray
+    record: CommitRecord
+    index: np.ndarray
 
 
-def read_plan_rows(root: Path, plan: Plan) -> PlanRows:
-    """Read plan.parquet.
+def check_all_committed(column: Column, num_shards: int) -> None:
+    """Check by one listing that every planned shard is committed.
 
     Raises:
-        FormatError: it is missing, unreadable, or does not match plan.json.
+        FormatError: some are not; names the first of them.
     """
-    path = root / "plan.parquet"
-    try:
-        table = pq.read_table(path, columns=["shard", "row", "key", "split", "text_row"])
-        table = table.slice(0, plan.num_clips)  # an extension that was stopped may stand behind it
-    except (OSError, pa.ArrowException) as error:
-        raise FormatError(f"{path} can't be read ({error}); restore it, or encode again") from None
-    rows_per_shard = plan.shard_rows()
-    shards = np.repeat(np.arange(len(rows_per_shard)), rows_per_shard)
-    rows = np.arange(len(shards)) - np.repeat(
-        np.cumsum(rows_per_shard) - rows_per_shard, rows_per_shard
-    )
-    places = (("shard", shards), ("row", rows))
-    if not all(np.array_equal(table[name].to_numpy(), expected) for name, expected in places):
-        raise FormatError(
-            f"{path} holds {table.num_rows} clips, not the {plan.num_clips} of plan.json in order; "
-            "the two are of different plans: restore them"
-        )
-    return PlanRows(
-        shards=shards,
-        rows=rows,
-        keys=tuple(table["key"].to_pylist()),
-        splits=table["split"].to_numpy(),
-        text_rows=table["text_row"].to_numpy(),
-    )
-
-
-def read_index(
-    column: Column, rows_per_shard: np.ndarray, keys: tuple[str, ...] | None
-) -> np.ndarray:
-    """Read the indices of all shards of a column.
-
-    Args:
-        column: the column.
-        rows_per_shard: int64 [num_shards], from the plan.
-        keys: keys of all rows, or None for text, whose keys the plan does not hold.
-
-    Returns:
-        ``INDEX_DTYPE`` [sum(rows_per_shard)].
-
-    Raises:
-        FormatError: shards are not committed, or a file is not what its commit record states.
-    """
-    missing = sorted(set(range(len(rows_per_shard))) - column.committed_shards())
+    missing = sorted(set(range(num_shards)) - column.committed_shards())
     if missing:
         names = ", ".join(shard_name(shard) for shard in missing[:5])
         raise FormatError(
-            f"{column.path}: {len(missing)} of {len(rows_per_shard)} shards are not committed "
+            f"{column.path}: {len(missing)} of {num_shards} shards are not committed "
             f"({names}{', …' if len(missing) > 5 else ''}); run pipeline.encode again"
         )
-    indices, first = [np.empty(0, INDEX_DTYPE)], 0
-    for shard, num_rows in enumerate(rows_per_shard.tolist()):
-        shard_keys = None if keys is None else keys[first : first + num_rows]
-        check_shard(column, shard, num_rows, shard_keys)
-        indices.append(column.index(shard, num_rows))
-        first += num_rows
-    return np.concatenate(indices)
 
 
-def check_shard(column: Column, shard: int, num_rows: int, keys: tuple[str, ...] | None) -> None:
-    """Compare a committed shard's files with its commit record, and the record with the plan.
+def read_committed(
+    column: Column, shard: int, rows_per_shard: np.ndarray, keys: Sequence[str] | None = None
+) -> CommittedShard:
+    """Read commit record and index of a shard, and look at the size of its tar.
+
+    Args:
+        column: the column.
+        shard: number of the shard.
+        rows_per_shard: int64 [num_shards], from the plan.
+        keys: planned keys of the rows; None where they are compared later, or not planned (text).
 
     Raises:
-        FormatError: they differ; names the file, what was found and what was expected.
+        FormatError: record, index, tar or plan don't fit together.
+        MissingFileError: one of the files is not there.
+        OSError: one can't be read.
     """
-    record = column.commit(shard) or {}
-    tar, index = (column.path / record[name] for name in ("tar", "index"))
+    record = read_record(column, shard)
+    if record is None:
+        path = record_path(column, shard)
+        raise MissingFileError(
+            f"{path} is missing: the shard is not committed; run pipeline.encode"
+        )
+    for problem in record_problems(column, shard, record, rows_per_shard, keys):
+        raise FormatError(problem)
     try:
-        found = {
-            "shard": record["shard"],
-            "rows": record["rows"],
-            "tar_bytes": tar.stat().st_size,
-            "index_crc32c": google_crc32c.value(index.read_bytes()),
-        }
-    except FileNotFoundError as error:
-        raise FormatError(f"{error.filename} is missing though committed; {REPAIR}") from None
-    expected = {
-        "shard": shard,
-        "rows": num_rows,
-        "tar_bytes": record["tar_bytes"],
-        "index_crc32c": record["index_crc32c"],
-    }
-    if keys is not None:
-        found["keys_hash"], expected["keys_hash"] = record["keys_hash"], keys_hash(keys)
-    for name, value in expected.items():
-        if found[name] != value:
-            raise FormatError(
-                f"{column.path / shard_name(shard)}: {name} is {found[name]}, expected {value}; "
-                f"{REPAIR}"
-            )
+        index = read_index(column, shard, record)
+    except FormatError as error:
+        if not (column.path / record.index).exists():
+            raise MissingFileError(str(error)) from None
+        raise
+    check_shapes(column, shard, index)
+    check_tar_size(column, shard, record)
+    return CommittedShard(record, index)
+
+
+def check_shapes(column: Column, shard: int, index: np.ndarray) -> None:
+    """Check that every array has all axes of its column and no more.
+
+    Raises:
+        FormatError: one has not.
+    """
+    axes = column.spec.axes
+    has_axis = index["shape"] > 0
+    is_wrong = (has_axis != (np.arange(4) < len(axes))).any(axis=1) & (index["status"] == OK)
+    if is_wrong.any():
+        row = int(np.flatnonzero(is_wrong)[0])
+        raise FormatError(
+            f"{column.path} shard {shard} row {row}: shape is {index['shape'][row].tolist()}, "
+            f"expected sizes along {axes}, then zeros; {repair(column, shard)}"
+        )
+
+
+def check_tar_size(column: Column, shard: int, record: CommitRecord) -> None:
+    """Compare a tar's size with its commit record.
+
+    Raises:
+        FormatError: it has another size.
+        MissingFileError: it is missing.
+    """
+    path = column.path / record.tar
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise MissingFileError(
+            f"{path} is missing though committed; {repair(column, shard)}"
+        ) from None
+    if found != record.tar_bytes:
+        raise FormatError(
+            f"{path}: {found} bytes, expected {record.tar_bytes} as committed: it was cut short "
+            f"or replaced; {repair(column, shard)}"
+        )

@@ -1,22 +1,20 @@
-"""A view: the columns that a run joins, the clips usable in all of them, and their crop.
+"""What a training run reads: data sets side by side, their usable clips, and the shapes of crops.
 
-Opening a view trusts nothing: every shard must be committed, belong to the plan, and have the
-index and the size that its commit record states. Payloads are checked by the loader.
+A view of any size opens at once: it holds counts per shard. What is known of every clip stays in
+the census on disk, and the indices of a shard are read, and checked, when its turn comes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
+import google_crc32c
 import numpy as np
 import torch
-from pydantic import Field
-from pydantic.dataclasses import dataclass as settings_dataclass
 
+from pipeline.data_root import open_root
+from pipeline.files import read_range
 from pipeline.format import (
     MODALITIES,
     OK,
@@ -25,173 +23,142 @@ from pipeline.format import (
     find_column,
     fingerprint,
     read_plan,
-    status_counts,
+    statistics_of,
 )
-from pipeline.settings import STRICT, ConfigError
-from train.data.committed import PlanRows, read_index, read_plan_rows
-from train.data.payload import PayloadReader
+from pipeline.records import repair
+from pipeline.settings import ConfigError
+from train.data.buckets import Bucket, assign_buckets
+from train.data.census import ClipClass
+from train.data.census_cache import open_census
+from train.data.config import DataConfig, PartConfig
+from train.data.filters import parse_filter
+from train.data.part import CLIP_MODALITIES, Part, Source
+from train.data.survey import Subset, Wish
 from train.latents import LatentSpec
 
-Subset = Literal["train", "heldout", "all"]
-
 MOST_MISSING = 0.01  # share of a subset's clips that may be unusable without being asked for
-
-
-@settings_dataclass(frozen=True, kw_only=True, config=STRICT)
-class DataConfig:
-    """Which columns are read and how clips are cut.
-
-    Attributes:
-        root: the data set's folder.
-        video: video column by codec, fingerprint or directory name; None is the only one there.
-        audio: the same for audio.
-        text: the same for text.
-        seconds: length of a crop.
-        heldout_share: share of the clips of split "train" that are held out, chosen by key.
-        window_shards: shards whose clips are mixed with one another.
-        missing: whether more than 1 % of unusable clips is an error, or they are dropped.
-        verify_crc: check every payload the first time a process reads it.
-        read_threads: threads that read.
-        prefetch_steps: micro-batches read ahead.
-    """
-
-    root: str = "shards"
-    video: str | None = None
-    audio: str | None = None
-    text: str | None = None
-    seconds: float = Field(default=8.0, gt=0)
-    heldout_share: float = Field(default=0.02, ge=0, lt=1)
-    window_shards: int = Field(default=16, ge=1)
-    missing: Literal["error", "drop"] = "error"
-    verify_crc: bool = True
-    read_threads: int = Field(default=2, ge=1)
-    prefetch_steps: int = Field(default=3, ge=1)
-
-    def __post_init__(self) -> None:
-        if "://" in self.root:
-            raise ConfigError(
-                f"data.root is {self.root.partition('://')[0]}://…, expected a local folder: "
-                "training reads columns from local disks only; copy the data set to one"
-            )
+# What the columns of a modality have in common, in all data sets of a view.
+COMMON_FIELDS = ("codec", "weights", "axes", "rate_hz", "offset_s", "dtype")
 
 
 @dataclass(frozen=True)
 class View:
-    """Usable clips in plan order, and where their latents lie. N clips.
+    """The usable clips of one or several data sets.
 
     Attributes:
         view_id: names all that decides the stream of samples, but seed and batch size.
-        plan_id: the plan's.
+        plan_id: the plan's; of several parts, all joined by "+".
         config: the settings it was opened with.
-        opened: the columns by modality.
-        video: what the model gets of video: the shape of a crop, its clock, statistics.
-        audio: the same of audio.
-        null_text: float16 [S, D], the empty caption.
-        rows_per_shard: int64 [num_shards], usable clips of each shard.
-        clips: the N usable clips.
-        index: ``INDEX_DTYPE`` [N] for "video" and "audio"; for "text" [number of captions].
-        text_rows_per_shard: int64 [number of text shards].
+        parts: the data sets.
+        buckets: the shapes of steps, the one with the most clips first.
+        null_text: float16 [S, D], the empty caption of the first part.
     """
 
     view_id: str
     plan_id: str
     config: DataConfig
-    opened: dict[str, Column]
-    video: LatentSpec
-    audio: LatentSpec
+    parts: tuple[Part, ...]
+    buckets: tuple[Bucket, ...]
     null_text: torch.Tensor
-    rows_per_shard: np.ndarray
-    clips: PlanRows
-    index: dict[str, np.ndarray]
-    text_rows_per_shard: np.ndarray
 
     @property
     def num_clips(self) -> int:
-        """Usable clips."""
-        return len(self.clips.keys)
+        """Usable clips of all parts."""
+        return sum(part.num_clips for part in self.parts)
+
+    @property
+    def video(self) -> LatentSpec:
+        """What the model gets of video, in the shape that most clips have."""
+        return self.buckets[0].video
+
+    @property
+    def audio(self) -> LatentSpec:
+        """The same of audio."""
+        return self.buckets[0].audio
 
     @property
     def columns(self) -> dict[str, str]:
-        """Directory names of the columns by modality."""
-        return {modality: column.path.name for modality, column in self.opened.items()}
+        """Directory names of the columns by modality; different ones of parts joined by "+"."""
+        return {
+            name: "+".join(dict.fromkeys(part.opened[name].path.name for part in self.parts))
+            for name in MODALITIES
+        }
 
     @property
     def text_width(self) -> int:
         """Width D of a text token."""
         return self.null_text.shape[1]
 
-    def text_place(self, text_row: int) -> tuple[int, int]:
-        """Return the text shard of a caption and its row there."""
-        ends = np.cumsum(self.text_rows_per_shard)
-        shard = int(np.searchsorted(ends, text_row, side="right"))
-        return shard, text_row - int(ends[shard] - self.text_rows_per_shard[shard])
-
 
 def open_view(
-    root: Path,
-    config: DataConfig,
-    subset: Subset = "train",
-    time_multiple: Mapping[str, int] | None = None,
+    config: DataConfig, subset: Subset = "train", time_multiple: Mapping[str, int] | None = None
 ) -> View:
-    """Open the columns of a data set and choose the usable clips.
+    """Open data sets, count their clips unless this node has before, and choose the usable ones.
 
     Args:
-        root: the data set's folder.
-        config: columns and crop.
+        config: data sets, columns and crop.
         subset: "train" is split "train" without the held-out clips, "heldout" is the rest.
         time_multiple: what the number of latents in a crop must divide by, per modality: the
             model's patch along time. 1 where not named.
 
     Raises:
-        FormatError: no data set, an uncommitted shard, damage, too few usable clips.
-        ConfigError: the crop is shorter than one patch.
+        FormatError: no data set, an uncommitted shard, damage, too few usable clips, or data sets
+            that don't fit together.
+        ConfigError: the crop is shorter than one patch, or the filter can't be read.
+        OSError: a file can't be read.
     """
+    sources = [open_source(config, part, subset, time_multiple or {}) for part in config.parts]
+    check_agreement(sources)
+    for source in sources:
+        check_missing(source, config, subset)
+    kinds, bucket_of = assign_buckets([s.census for s in sources], config.missing == "mask")
+    specs = {name: latent_spec(sources, name) for name in CLIP_MODALITIES}
+    buckets = tuple(bucket_of_kind(kind, count, specs, sources) for kind, count in kinds)
+    total_weight = sum(source.config.weight for source in sources)
+    # Two windows are in use while reading passes from one to the next.
+    num_cached = 2 * config.window_shards + 32
+    parts = tuple(
+        Part(source, source.config.weight / total_weight, places, len(buckets), num_cached)
+        for source, places in zip(sources, bucket_of, strict=True)
+    )
+    null_texts = [read_null_text(part) for part in parts]
+    check_widths(parts, null_texts)
+    return View(
+        view_id=view_id_of(config, subset, parts, buckets),
+        plan_id="+".join(part.plan.plan_id for part in parts),
+        config=config,
+        parts=parts,
+        buckets=buckets,
+        null_text=null_texts[0],
+    )
+
+
+def open_source(
+    config: DataConfig, part: PartConfig, subset: Subset, time_multiple: Mapping[str, int]
+) -> Source:
+    """Open the columns of a data set and its census.
+
+    Raises:
+        FormatError, ConfigError, OSError: as ``open_view``.
+    """
+    root = open_root(part.root)
     plan = read_plan(root)
     opened = {
-        name: find_column(root, name, getattr(config, name), plan.plan_id) for name in MODALITIES
+        name: find_column(root, name, getattr(part, name), plan.plan_id) for name in MODALITIES
     }
-    clips = read_plan_rows(root, plan)
-    index = {
-        name: read_index(
-            column, plan.shard_rows(name == "text"), None if name == "text" else clips.keys
-        )
-        for name, column in opened.items()
-    }
+    for column in opened.values():
+        if column.spec.dtype != "float16":
+            raise FormatError(
+                f"{column.path} holds {column.spec.dtype}, expected float16; encode it again"
+            )
     lengths = {
-        name: crop_length(opened[name], config.seconds, (time_multiple or {}).get(name, 1))
-        for name in ("video", "audio")
+        name: crop_length(opened[name], config.seconds, time_multiple.get(name, 1))
+        for name in CLIP_MODALITIES
     }
-    usable = usable_rows(clips, index, lengths, config, subset)
-    for name in lengths:
-        index[name] = index[name][usable]
-    clips = PlanRows(
-        shards=clips.shards[usable],
-        rows=clips.rows[usable],
-        keys=tuple(clips.keys[row] for row in usable),
-        splits=clips.splits[usable],
-        text_rows=clips.text_rows[usable],
-    )
-    specs = {name: latent_spec(opened[name], index[name], lengths[name]) for name in lengths}
-    identity = [
-        plan.plan_id,
-        {name: column.path.name for name, column in opened.items()},
-        [asdict(spec) for spec in specs.values()],
-        [config.seconds, config.heldout_share, config.window_shards, subset],
-        hashlib.sha256(usable.astype("<i8").tobytes()).hexdigest(),
-    ]
-    return View(
-        view_id=fingerprint(identity),
-        plan_id=plan.plan_id,
-        config=config,
-        opened=opened,
-        video=specs["video"],
-        audio=specs["audio"],
-        null_text=read_null_text(opened["text"], index["text"]),
-        rows_per_shard=np.bincount(clips.shards, minlength=len(plan.shard_rows())),
-        clips=clips,
-        index=index,
-        text_rows_per_shard=plan.shard_rows(text=True),
-    )
+    clip_filter = parse_filter(part.filter) if part.filter is not None else None
+    wish = Wish(subset, config.heldout_share, lengths, clip_filter)
+    census = open_census(config.cache_dir, root, plan, opened, wish)
+    return Source(root, part, plan, opened, lengths, census)
 
 
 def crop_length(column: Column, seconds: float, multiple: int) -> int:
@@ -210,74 +177,73 @@ def crop_length(column: Column, seconds: float, multiple: int) -> int:
     return latents - latents % multiple
 
 
-def subset_mask(clips: PlanRows, subset: Subset, heldout_share: float) -> np.ndarray:
-    """Return which clips belong to a subset, bool [N].
-
-    A clip is held out by its key alone, so that every view and every seed hold out the same.
-    """
-    digests = (hashlib.sha256(key.encode()).digest() for key in clips.keys)
-    places = np.array([int.from_bytes(digest[:8], "big") / 2**64 for digest in digests])
-    is_train = (clips.splits == "train") & (places >= heldout_share)
-    return {"train": is_train, "heldout": ~is_train, "all": np.ones_like(is_train)}[subset]
-
-
-def usable_rows(
-    clips: PlanRows,
-    index: dict[str, np.ndarray],
-    lengths: dict[str, int],
-    config: DataConfig,
-    subset: Subset,
-) -> np.ndarray:
-    """Return the places of the clips of a subset that are there in all columns and long enough.
+def check_agreement(sources: Sequence[Source]) -> None:
+    """Check that latents of all data sets mean the same to a model.
 
     Raises:
-        FormatError: there is none, or more are unusable than ``config.missing`` allows.
+        FormatError: they differ; names the field and both values.
     """
-    statuses = [index["video"]["status"], index["audio"]["status"]]
-    statuses.append(index["text"]["status"][clips.text_rows])
-    # A clip counts under its first status that is not ok.
-    status = np.select([codes != OK for codes in statuses], statuses, OK)
-    is_long = np.all([index[name]["shape"][:, 0] >= lengths[name] for name in lengths], axis=0)
-    wanted = subset_mask(clips, subset, config.heldout_share)
-    usable = np.flatnonzero(wanted & (status == OK) & is_long)
-    num_wanted, num_missing = int(wanted.sum()), int(wanted.sum()) - len(usable)
-    counts = status_counts(status[wanted & (status != OK)])
-    counts[f"shorter than {config.seconds:g} s"] = int((wanted & (status == OK) & ~is_long).sum())
-    found = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "none"
-    message = f"{num_missing} of {num_wanted} clips of subset {subset!r} can't be used ({found})"
-    if not len(usable):
+    first = sources[0]
+    for source in sources[1:]:
+        for modality in MODALITIES:
+            one, two = first.opened[modality], source.opened[modality]
+            for name in COMMON_FIELDS:
+                expected, found = getattr(one.spec, name), getattr(two.spec, name)
+                if found != expected:
+                    raise FormatError(
+                        f"{two.path}: {name} is {found}, but {expected} in {one.path}; the data "
+                        f"sets of data.mix need one kind of {modality} latents: choose other "
+                        "columns, or encode again"
+                    )
+
+
+def check_missing(source: Source, config: DataConfig, subset: Subset) -> None:
+    """Check that enough of the wanted clips are usable.
+
+    Raises:
+        FormatError: none is, or more are missing than ``config.missing`` allows.
+    """
+    tally = source.census.head.tally
+    missing = tally.wanted - tally.complete
+    usable = tally.complete
+    if config.missing == "mask":
+        usable += tally.video_only + tally.audio_only
+    reasons = {
+        f"shorter than {config.seconds:g} s" if n == "short" else n: c
+        for n, c in tally.reasons.items()
+    }
+    found = ", ".join(f"{name} {count}" for name, count in reasons.items()) or "none"
+    message = f"{source.root}: {missing} of {tally.wanted} clips of subset {subset!r}"
+    if source.config.filter is not None:
+        message += f" that pass {source.config.filter!r}"
+    message += f" can't be used ({found})"
+    if not usable:
         raise FormatError(f"{message}: none is left; lower data.seconds or encode more clips")
-    if config.missing == "error" and num_missing > MOST_MISSING * num_wanted:
+    if config.missing == "error" and missing > MOST_MISSING * tally.wanted:
         raise FormatError(f"{message}; encode them again, or set data.missing=drop")
-    return usable
 
 
-def latent_spec(column: Column, index: np.ndarray, length: int) -> LatentSpec:
-    """Describe the crops of a column.
+def latent_spec(sources: Sequence[Source], modality: str) -> LatentSpec:
+    """Describe a modality's latents, with the statistics of all data sets; the shape is empty.
 
     Raises:
-        FormatError: its clips differ in size, its dtype or its channels are not as expected.
+        FormatError: no shard holds a payload, or the numbers of channels differ.
     """
-    spec = column.spec
-    sizes = np.unique(index["shape"][:, 1 : len(spec.axes)], axis=0)
-    if len(sizes) > 1:
-        raise FormatError(
-            f"{column.path}: clips differ along {spec.axes[1:]}: {sizes[0].tolist()} and "
-            f"{sizes[1].tolist()}; encode all at one size"
-        )
-    if spec.dtype != "float16":
-        raise FormatError(f"{column.path} holds {spec.dtype}, expected float16; encode it again")
-    statistics = column.statistics()
-    shape = (length, *sizes[0].tolist())
-    if len(statistics["mean"]) != shape[spec.channel_axis]:
-        raise FormatError(
-            f"{column.path}: statistics of {len(statistics['mean'])} channels, but clips have "
-            f"{shape[spec.channel_axis]}; encode the column again"
-        )
+    spec = sources[0].opened[modality].spec
+    sums = [source.census.head.sums[modality] for source in sources]
+    for source, one in zip(sources, sums, strict=True):
+        if one["count"] and len(one["sum"]) != len(sums[0]["sum"]):
+            raise FormatError(
+                f"{source.opened[modality].path}: statistics of {len(one['sum'])} channels, "
+                f"but {len(sums[0]['sum'])} in {sources[0].opened[modality].path}"
+            )
+    statistics = statistics_of(sums)
+    if statistics is None:
+        raise FormatError(f"{sources[0].opened[modality].path} holds no encoded clip")
     return LatentSpec(
-        modality=spec.modality,
+        modality=modality,
         axes=spec.axes,
-        shape=shape,
+        shape=(),
         rate_hz=spec.rate_hz,
         offset_s=spec.offset_s,
         mean=tuple(statistics["mean"]),
@@ -285,15 +251,77 @@ def latent_spec(column: Column, index: np.ndarray, length: int) -> LatentSpec:
     )
 
 
-def read_null_text(column: Column, index: np.ndarray) -> torch.Tensor:
+def bucket_of_kind(
+    kind: ClipClass, num_clips: int, specs: Mapping[str, LatentSpec], sources: Sequence[Source]
+) -> Bucket:
+    """Return the bucket of a class of clips.
+
+    Raises:
+        FormatError: its clips have not the channels that the statistics have.
+    """
+    shaped = {}
+    for name, spec in specs.items():
+        stored = list(getattr(kind, name))
+        axis = spec.channel_axis - 1  # behind time
+        per_channel = 2 if sources[0].opened[name].spec.stores_moments else 1
+        expected = per_channel * len(spec.mean)
+        if stored[axis] != expected:
+            raise FormatError(
+                f"{sources[0].opened[name].path}: {name} of sizes {stored} has {stored[axis]} "
+                f"channels, but statistics are of {expected}; encode the column again"
+            )
+        stored[axis] = len(spec.mean)
+        shaped[name] = replace(spec, shape=(sources[0].lengths[name], *stored))
+    return Bucket(shaped["video"], shaped["audio"], num_clips)
+
+
+def read_null_text(part: Part) -> torch.Tensor:
     """Read the empty caption, float16 [S, D].
 
     Raises:
-        FormatError: it was not encoded, or not as float16.
+        FormatError: it was not encoded, or is damaged.
     """
-    if not len(index) or index["status"][0] != OK or column.spec.dtype != "float16":
+    column, caption = part.opened["text"], part.caption_record(0)
+    record, path = caption.record, column.path / caption.tar
+    if record["status"] != OK:
         raise FormatError(
-            f"{column.path}: caption 0, the empty one, is not there as float16; encode text again"
+            f"{column.path}: caption 0, the empty one, was not encoded; encode text again"
         )
-    reader = PayloadReader(column, max_open=1, verify_crc=True)
-    return torch.from_numpy(reader.read_row(0, 0, "the empty caption", index[0]))
+    data = read_range(path, int(record["offset"]), int(record["nbytes"]))
+    found, expected = google_crc32c.value(data), int(record["crc32c"])
+    if found != expected:
+        raise FormatError(
+            f"{path} row 0 (the empty caption): crc32c is {found:08x}, expected {expected:08x}; "
+            f"{repair(column, caption.shard)}"
+        )
+    shape = [int(size) for size in record["shape"] if size]
+    return torch.from_numpy(np.frombuffer(data, column.spec.dtype).reshape(shape).copy())
+
+
+def check_widths(parts: Sequence[Part], null_texts: Sequence[torch.Tensor]) -> None:
+    """Check that text tokens are as wide in all data sets.
+
+    Raises:
+        FormatError: they differ; names both widths.
+    """
+    expected = null_texts[0].shape[1]
+    for part, null_text in zip(parts, null_texts, strict=True):
+        if null_text.shape[1] != expected:
+            raise FormatError(
+                f"{part.opened['text'].path}: tokens are {null_text.shape[1]} wide, but {expected} "
+                f"in {parts[0].opened['text'].path}; the data sets of data.mix need one text codec"
+            )
+
+
+def view_id_of(
+    config: DataConfig, subset: Subset, parts: Sequence[Part], buckets: Sequence[Bucket]
+) -> str:
+    """Return 8 hex digits that name all that decides the stream of samples, but seed and batch."""
+    columns = [{name: column.path.name for name, column in part.opened.items()} for part in parts]
+    identity = [
+        [[part.plan.plan_id, part.census.head.content, part.weight] for part in parts],
+        columns,
+        [asdict(bucket) for bucket in buckets],
+        [config.seconds, config.window_shards, config.tail, config.missing, subset],
+    ]
+    return fingerprint(identity)

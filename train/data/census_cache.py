@@ -1,0 +1,169 @@
+"""Censuses kept in a folder of the node: the first process that needs one makes it, others wait.
+
+Invariants: what has a census's name is whole (made in ``.NAME.tmp`` and renamed); it is made under
+a flock, which the kernel drops with the process, so that what a killed one left is known as such.
+The name tells which data on disk and which wishes it is of; other data have another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from pipeline.files import naming_a_full_disk, scan, sync_folder
+from pipeline.format import Column, Plan, canonical_json
+from pipeline.settings import ConfigError
+from train.data.census import CENSUS_VERSION, HEAD_NAME, Census, CensusWriter
+from train.data.survey import Wish, write_census
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"[0-9a-f]{32}")
+COMMIT_RECORD = re.compile(r"\d{6,}\.json")
+KEPT_S = 30 * 24 * 3600.0  # since it was last opened
+
+
+def open_census(
+    cache_dir: str | None, root: Path, plan: Plan, opened: Mapping[str, Column], wish: Wish
+) -> Census:
+    """Open the census of a data set; make it, where this node has none of the data as they are.
+
+    Raises:
+        FormatError, OSError: as ``survey.write_census``.
+        ConfigError: the cache can't be used, or the filter asks for what is not there.
+        NoRoomError: there is no room for the census.
+    """
+    folder = views_folder(cache_dir)
+    name = census_name(root, plan, opened, wish)
+
+    def build(into: Path) -> None:
+        with CensusWriter(into) as writer:
+            write_census(writer, root, plan, opened, wish)
+
+    made = made_once(folder, name, build)
+    os.utime(made / HEAD_NAME)
+    num_text_shards = len(plan.shard_rows(text=True))
+    return Census(made, plan.shard_rows(), num_text_shards)
+
+
+def census_name(root: Path, plan: Plan, opened: Mapping[str, Column], wish: Wish) -> str:
+    """Return 32 hex digits over a data set as it is on disk now, and over what is wanted of it.
+
+    Of each column one listing: names, sizes and times of its commit records. Tars and indices are
+    compared with those when they are read.
+
+    Raises:
+        OSError: it can't be listed.
+    """
+    asks_for_facts = wish.clip_filter is not None and bool(wish.clip_filter.facts)
+    listed = {column.path: COMMIT_RECORD for column in opened.values()}
+    if asks_for_facts:
+        folders = [entry.name for entry in scan(root) if entry.name.startswith("facts@")]
+        listed |= {root / name: re.compile(r"\d{6,}\.parquet") for name in sorted(folders)}
+    text = wish.clip_filter.text if wish.clip_filter else None
+    wanted = [wish.subset, wish.heldout_share, dict(wish.lengths), text]
+    digest = hashlib.sha256(
+        canonical_json([CENSUS_VERSION, str(root), asdict(plan), wanted]).encode()
+    )
+    digest.update(b"".join(listing(root, re.compile(r"plan\.(json|parquet)"))))
+    for folder, pattern in listed.items():
+        digest.update(f"\n{folder.name}\n".encode())
+        digest.update(b"".join(listing(folder, pattern)))
+    return digest.hexdigest()[:32]
+
+
+def listing(folder: Path, pattern: re.Pattern[str]) -> list[bytes]:
+    """Return a line for every file of a folder whose name matches: name, size and time, sorted."""
+    lines = []
+    for entry in scan(folder):
+        if pattern.fullmatch(entry.name):
+            found = entry.stat()
+            lines.append(f"{entry.name} {found.st_size} {found.st_mtime!r}\n".encode())
+    return sorted(lines)
+
+
+def views_folder(cache_dir: str | None) -> Path:
+    """Return the folder of this user's censuses; make it if need be.
+
+    Raises:
+        ConfigError: it can't be made, or others could write into it.
+    """
+    base = Path(cache_dir or tempfile.gettempdir())
+    folder = base.absolute() / f"av-latents-views-{os.geteuid()}"
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}; set data.cache_dir") from None
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_own or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{folder}: expected a folder that is yours and that nobody else can open (mode 0700), "
+            f"found {stat.filemode(found.st_mode)} of user {found.st_uid}; remove it, or set "
+            "data.cache_dir"
+        )
+    return folder
+
+
+def made_once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder ``name``; the first process to ask has ``build`` fill it, others wait.
+
+    Raises:
+        NoRoomError: there is no room for it.
+        Exception: whatever ``build`` raises; then nothing is left.
+    """
+    made = folder / name
+    if made.exists():
+        return made
+    with held(folder / f".{name}.lock"):
+        if made.exists():  # another process made it meanwhile
+            return made
+        remove_unused(folder)
+        unfinished = folder / f".{name}.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
+        unfinished.mkdir(mode=0o700)
+        try:
+            with naming_a_full_disk(folder):
+                build(unfinished)
+            sync_folder(unfinished)
+            unfinished.rename(made)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        sync_folder(folder)
+    return made
+
+
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold the flock of a file, which is left there."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove censuses that were not opened for a long time; open ones stay readable."""
+    limit = time.time() - KEPT_S
+    for entry in folder.iterdir():
+        is_census = NAME.fullmatch(entry.name)
+        with contextlib.suppress(OSError):
+            if is_census and (entry / HEAD_NAME).stat().st_mtime < limit:
+                log.info("removing %s, unused since 30 days", entry)
+                shutil.rmtree(entry)
+                (folder / f".{entry.name}.lock").unlink(missing_ok=True)
