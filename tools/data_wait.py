@@ -21,9 +21,13 @@ from tools.loader_data import Rows, write_columns
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # The demo's clips of 2 s, see configs/train/demo.yaml; the hash codec's text is 256 wide.
-DEMO = Rows(num_rows=512, video_shape=(32, 16, 8, 8), audio_shape=(50, 16, 8), text_width=256)
-# Those latents are written as 10 s clips at a fifth of the rate: cropped to 10 s they stay whole.
-DEMO_SECONDS = 10
+DEMO = Rows(
+    num_rows=512,
+    video_shape=(32, 16, 8, 8),
+    audio_shape=(50, 16, 8),
+    text_width=256,
+    clip_s=2.0,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,6 @@ def main() -> None:
         if data is None:
             data = Path(folder) / "shards"
             write_columns(DEMO, data)
-            settings = [f"data.seconds={DEMO_SECONDS}", *settings]
         waiting = measure(data, Path(folder) / "run", arguments.ranks, settings)
     print(
         f"{waiting.steps} steps of {waiting.step_s:.3f} s on {arguments.ranks} ranks waited for "

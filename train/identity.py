@@ -16,7 +16,8 @@ from typing import Any
 
 from train.config import TrainConfig, as_dict
 from train.data.config import DataConfig
-from train.data.view import Part, View
+from train.data.part import Part
+from train.data.view import View
 from train.errors import ResumeError
 from train.objective.tasks import TASKS
 

@@ -6,7 +6,8 @@ import torch
 
 from pipeline.settings import ConfigError
 from train.config import TrainConfig
-from train.data.view import Bucket, View
+from train.data.buckets import Bucket
+from train.data.view import View
 from train.model import DiT
 from train.objective.tasks import TASKS
 from train.rng import seed_of

@@ -24,7 +24,8 @@ from pipeline.settings import ConfigError
 from train.checkpoint import TrainedModel, load_model_for_sampling
 from train.data.config import DataConfig
 from train.data.drawn import Drawn, draw
-from train.data.view import Subset, View, open_view
+from train.data.survey import Subset
+from train.data.view import View, open_view
 from train.errors import ResumeError
 from train.latents import LatentSpec
 from train.objective import Task, sample, standardise, task_by_name, unstandardise

@@ -232,7 +232,11 @@ def part_lines(part: dict[str, Any], found: dict[str, Any]) -> list[str]:
         f"alone {clips['video_only']:,}, audio alone {clips['audio_only']:,}",
     ]
     if part["reasons"]:
-        why = ", ".join(f"{name} {count:,}" for name, count in part["reasons"].items())
+        short = f"shorter than {found['seconds']:g} s"
+        why = ", ".join(
+            f"{short if name == 'short' else name} {count:,}"
+            for name, count in part["reasons"].items()
+        )
         lines.append(f"  not whole          {why}")
     return lines
 

@@ -1,0 +1,96 @@
+"""What is shown of a data set before training on it."""
+
+import json
+import sys
+
+import pytest
+
+from tests.train.columns import AUDIO_RATE_HZ, VIDEO_RATE_HZ, Dataset
+from train.data import inspect
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """40 clips of two splits; one failed, one is too short: more than 1 %."""
+    return Dataset(
+        tmp_path_factory.mktemp("data") / "shards",
+        failed={3: "missing"},
+        short_s={5: 1.0},
+        splits=dict.fromkeys(range(30, 40), "test"),
+    ).build()
+
+
+@pytest.fixture
+def call(dataset, tmp_path, monkeypatch, capsys):
+    """Run the command; returns what it printed."""
+
+    def run(*arguments, data=dataset.root):
+        fixed = ["--data", str(data), "--global-batch", "8", f"data.cache_dir={tmp_path}"]
+        settings = ["data.seconds=2", "data.heldout_share=0", "model.video_patch=[2, 0, 0]"]
+        monkeypatch.setattr(sys, "argv", ["inspect", *fixed, *settings, *arguments])
+        inspect.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_everything_that_training_would_see_is_there(call, dataset):
+    found = json.loads(call("--json", "data.missing=drop"))
+    (part,) = found["parts"]
+    assert part["columns"] == {m: dataset.spec(m).directory for m in ("video", "audio", "text")}
+    assert part["clips"] == {
+        "planned": 40,
+        "outside": 10,
+        "filtered": 0,
+        "wanted": 30,
+        "complete": 28,
+        "video_only": 0,
+        "audio_only": 0,
+    }
+    assert part["reasons"] == {"missing": 1, "short": 1}
+    assert part["steps_per_epoch"] == 28 // 8
+    assert found["tasks"] == {"T2AV": 28, "V2A": 28, "A2V": 28}
+    (bucket,) = found["buckets"]
+    assert bucket["video"] == [2 * VIDEO_RATE_HZ, *dataset.video_size]
+    assert bucket["audio"] == [2 * AUDIO_RATE_HZ, *dataset.audio_size]
+    assert bucket["clips"] == 28
+    assert not found["is_refused"]
+    video = found["statistics"]["video"]
+    assert len(video["mean"]) == len(video["std"]) == dataset.video_size[0]
+    assert video["std"] == pytest.approx([1, 1], abs=0.05)
+
+
+def test_first_batches_are_those_that_the_loader_gives(call, dataset, tmp_path):
+    from train.config import load_train_config
+    from train.data import LatentLoader, open_view
+
+    found = json.loads(call("--json", "data.missing=drop"))
+    overrides = ["data.missing=drop", "data.seconds=2", "data.heldout_share=0"]
+    config = load_train_config(
+        None, [f"data.root={dataset.root}", f"data.cache_dir={tmp_path}", *overrides]
+    )
+    view = open_view(config.data, "train", {"video": 2})
+    assert found["view_id"] == view.view_id
+    with LatentLoader(view, seed=config.seed, global_batch=8) as loader:
+        for batch in found["batches"]:
+            assert batch["keys"] == list(next(loader).keys[: inspect.KEYS_SHOWN])
+
+
+def test_a_data_set_that_training_refuses_is_shown_with_the_reason(call):
+    printed = call()
+    assert "not whole          missing 1, shorter than 2 s 1" in printed
+    assert "training refuses this: more than 1%" in printed
+    assert "T2AV 28, V2A 28, A2V 28" in printed
+    assert "3 steps of 8 clips" in printed
+    assert "refuses" not in call("data.missing=drop")
+
+
+def test_errors_are_one_line_and_exit_status_1(call, tmp_path):
+    for arguments, data, expected in (
+        ((), tmp_path / "nowhere", "error: .*plan.json is missing"),
+        (("--video", "dct"), None, "error: .*has no video column 'dct'"),
+        (("data.second=3",), None, "error: .*did you mean 'data.seconds'"),
+    ):
+        with pytest.raises(SystemExit, match=expected) as ended:
+            call(*arguments, **({"data": data} if data else {}))
+        assert "\n" not in str(ended.value.code)
