@@ -44,27 +44,28 @@ def open_census(
         ConfigError: the cache can't be used, or the filter asks for what is not there.
         NoRoomError: there is no room for the census.
     """
-    folder = views_folder(cache_dir)
-    name = census_name(root, plan, opened, wish)
+    folder = census_folder(cache_dir, root, plan, opened, wish)
 
     def build(into: Path) -> None:
         with CensusWriter(into) as writer:
             write_census(writer, root, plan, opened, wish)
 
-    made = made_once(folder, name, build)
-    os.utime(made / HEAD_NAME)
-    num_text_shards = len(plan.shard_rows(text=True))
-    return Census(made, plan.shard_rows(), num_text_shards)
+    made_once(folder, build)
+    os.utime(folder / HEAD_NAME)
+    return Census(folder, plan.shard_rows(), len(plan.shard_rows(text=True)))
 
 
-def census_name(root: Path, plan: Plan, opened: Mapping[str, Column], wish: Wish) -> str:
-    """Return 32 hex digits over a data set as it is on disk now, and over what is wanted of it.
+def census_folder(
+    cache_dir: str | None, root: Path, plan: Plan, opened: Mapping[str, Column], wish: Wish
+) -> Path:
+    """Return where the census of a data set is, or would be: the data as they are on disk now.
 
-    Of each column one listing: names, sizes and times of its commit records. Tars and indices are
-    compared with those when they are read.
+    The name hashes what is wanted, and of each column one listing: names, sizes and times of its
+    commit records. Tars and indices are compared with those when they are read.
 
     Raises:
-        OSError: it can't be listed.
+        ConfigError: the cache can't be used.
+        OSError: a column can't be listed.
     """
     asks_for_facts = wish.clip_filter is not None and bool(wish.clip_filter.facts)
     listed = {column.path: COMMIT_RECORD for column in opened.values()}
@@ -80,7 +81,7 @@ def census_name(root: Path, plan: Plan, opened: Mapping[str, Column], wish: Wish
     for folder, pattern in listed.items():
         digest.update(f"\n{folder.name}\n".encode())
         digest.update(b"".join(listing(folder, pattern)))
-    return digest.hexdigest()[:32]
+    return views_folder(cache_dir) / digest.hexdigest()[:32]
 
 
 def listing(folder: Path, pattern: re.Pattern[str]) -> list[bytes]:
@@ -117,21 +118,21 @@ def views_folder(cache_dir: str | None) -> Path:
     return folder
 
 
-def made_once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder ``name``; the first process to ask has ``build`` fill it, others wait.
+def made_once(made: Path, build: Callable[[Path], None]) -> None:
+    """Have ``build`` fill a folder unless it is there; only the first process does, others wait.
 
     Raises:
         NoRoomError: there is no room for it.
         Exception: whatever ``build`` raises; then nothing is left.
     """
-    made = folder / name
     if made.exists():
-        return made
-    with held(folder / f".{name}.lock"):
+        return
+    folder = made.parent
+    with held(folder / f".{made.name}.lock"):
         if made.exists():  # another process made it meanwhile
-            return made
+            return
         remove_unused(folder)
-        unfinished = folder / f".{name}.tmp"
+        unfinished = folder / f".{made.name}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
         unfinished.mkdir(mode=0o700)
         try:
@@ -143,7 +144,6 @@ def made_once(folder: Path, name: str, build: Callable[[Path], None]) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         sync_folder(folder)
-    return made
 
 
 @contextlib.contextmanager

@@ -322,6 +322,6 @@ def view_id_of(
         [[part.plan.plan_id, part.census.head.content, part.weight] for part in parts],
         columns,
         [asdict(bucket) for bucket in buckets],
-        [config.seconds, config.window_shards, config.tail, config.missing, subset],
+        [config.seconds, config.window_shards, config.tail, config.missing == "mask", subset],
     ]
     return fingerprint(identity)
