@@ -6,9 +6,8 @@ import torch
 
 from pipeline.settings import ConfigError
 from train.config import TrainConfig
-from train.data.buckets import Bucket
 from train.data.view import View
-from train.model import DiT
+from train.model import DiT, ModelConfig, num_tokens, patchings_of
 from train.objective.tasks import TASKS
 from train.rng import seed_of
 
@@ -19,35 +18,33 @@ def new_model(config: TrainConfig, view: View) -> DiT:
     Raises:
         ConfigError: the latents of a bucket don't divide into the model's patches.
     """
+    tokens_by_bucket(config.model, view)
     torch.manual_seed(seed_of(config.seed, "weights"))
-    try:
-        model = DiT(config.model, view.video, view.audio, view.text_width, len(TASKS))
-    except ValueError as error:
-        raise ConfigError(f"the model does not fit the data: {error}") from None
-    for bucket in view.buckets:
-        num_tokens(model, bucket)
-    return model
+    return DiT(config.model, view.video, view.audio, view.text_width, len(TASKS))
 
 
-def num_tokens(model: DiT, bucket: Bucket) -> int:
-    """Return the tokens of a sample of a bucket.
+def tokens_by_bucket(config: ModelConfig, view: View) -> list[int]:
+    """Return the tokens of a sample of each bucket.
 
     Raises:
-        ConfigError: its latents don't divide into patches.
+        ConfigError: the latents of a bucket don't divide into patches; names both.
     """
-    video, audio = bucket.video.shape, bucket.audio.shape
-    try:
-        return sum(model.num_tokens(video, audio))
-    except ValueError as error:
-        raise ConfigError(
-            f"the model does not fit the {bucket.num_clips} clips of video {video} and audio "
-            f"{audio}: {error}; or leave them out with data.filter"
-        ) from None
+    counts = []
+    for number, bucket in enumerate(view.buckets):
+        shapes = (bucket.video.shape, bucket.audio.shape)
+        try:
+            counts.append(num_tokens(patchings_of(config, view.video, view.audio), shapes))
+        except ValueError as error:
+            raise ConfigError(
+                f"the model does not fit bucket {number} ({bucket.num_clips} clips of video "
+                f"{shapes[0]} and audio {shapes[1]}): {error}"
+            ) from None
+    return counts
 
 
 def describe_model(model: DiT, view: View) -> str:
     """Return the model's size in words; before ZeRO-3 partitions it."""
-    counts = [num_tokens(model, bucket) for bucket in view.buckets]
+    counts = tokens_by_bucket(model.config, view)
     tokens = f"{max(counts)} tokens a sample"
     if len(counts) > 1:
         tokens = f"{min(counts)} to {tokens} in {len(counts)} shapes"

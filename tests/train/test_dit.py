@@ -6,7 +6,7 @@ import torch
 
 from pipeline.settings import ConfigError, build, read_yaml
 from train.latents import LatentSpec
-from train.model import DiT, ModelConfig
+from train.model import DiT, ModelConfig, num_tokens
 
 PRESETS = Path(__file__).parents[2] / "configs" / "model"
 VIDEO = LatentSpec(
@@ -165,7 +165,8 @@ def test_presets_have_the_sizes_of_their_names(name, size, millions):
         model = DiT(config, video, audio, text_width=256, num_tasks=3)
     assert len(model.blocks) == size[1]
     assert millions[0] < model.num_parameters / 1e6 < millions[1]
-    assert sum(model.num_tokens(video.shape, audio.shape)) == (2249 if name == "tiny" else 4297)
+    shapes = (video.shape, audio.shape)
+    assert num_tokens(model.patchings, shapes) == (2249 if name == "tiny" else 4297)
 
 
 def test_defaults_are_the_preset_tiny():

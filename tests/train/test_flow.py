@@ -270,7 +270,6 @@ def test_shapes_may_change_from_step_to_step():
     for step in range(120):
         batch = batches[step % 3]
         loss = flow_loss(model, batch, NULL_TEXT, TASKS[0], SPECS, PLAIN, seed=step)
-        assert model.num_tokens(batch.video.shape[1:], batch.audio.shape[1:])[1] > 0
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()

@@ -26,6 +26,7 @@ from train.data.part import Part
 from train.data.stream import GlobalBatch, Stream
 from train.data.view import MOST_MISSING, View, open_view
 from train.latents import LatentSpec
+from train.new_model import tokens_by_bucket
 from train.objective.tasks import TASKS
 
 BATCHES_SHOWN = 3
@@ -103,6 +104,7 @@ def inspect(config: TrainConfig, subset: Any) -> dict[str, Any]:
         {**describe_part(part), "steps_per_epoch": steps}
         for part, steps in zip(view.parts, stream.steps_per_epoch, strict=True)
     ]
+    tokens = tokens_by_bucket(config.model, view)
     return {
         "subset": subset,
         "seconds": data.seconds,
@@ -112,8 +114,13 @@ def inspect(config: TrainConfig, subset: Any) -> dict[str, Any]:
         "is_refused": config.data.missing == "error" and any(map(has_too_few, view.parts)),
         "tasks": clips_by_task(view),
         "buckets": [
-            {"video": bucket.video.shape, "audio": bucket.audio.shape, "clips": bucket.num_clips}
-            for bucket in view.buckets
+            {
+                "video": bucket.video.shape,
+                "audio": bucket.audio.shape,
+                "clips": bucket.num_clips,
+                "tokens": count,
+            }
+            for bucket, count in zip(view.buckets, tokens, strict=True)
         ],
         "text_width": view.text_width,
         "global_batch": config.global_batch,
@@ -204,7 +211,10 @@ def as_text(found: dict[str, Any]) -> str:
     lines.append(f"clips by task        {tasks}")
     for number, bucket in enumerate(found["buckets"]):
         shapes = f"video {list(bucket['video'])}, audio {list(bucket['audio'])}"
-        lines.append(f"bucket {number:<14}{shapes}: {counted(bucket['clips'], 'clip')}")
+        lines.append(
+            f"bucket {number:<14}{shapes}: "
+            f"{counted(bucket['clips'], 'clip')} of {bucket['tokens']:,} tokens"
+        )
     size = found["global_batch"]
     for number, part in enumerate(found["parts"]):
         which = f" of data set {number}" if number else ""

@@ -1,5 +1,5 @@
 """The diffusion transformer: tokens, rotary positions, layers."""
 
-from train.model.dit import DiT, ModelConfig
+from train.model.dit import DiT, ModelConfig, num_tokens, patchings_of
 
-__all__ = ["DiT", "ModelConfig"]
+__all__ = ["DiT", "ModelConfig", "num_tokens", "patchings_of"]

@@ -23,7 +23,7 @@ from pipeline.settings import STRICT
 from train.latents import LatentSpec
 from train.model.layers import Block, TimestepEmbedder, modulate, normalise
 from train.model.rope import CENTRE, coordinates, rotary_table
-from train.model.tokens import patchify, patching_of, unpatchify
+from train.model.tokens import Patching, patchify, patching_of, unpatchify
 
 NUM_SEGMENTS = 3  # task, video, audio
 
@@ -64,6 +64,28 @@ class ModelConfig:
         return {"video": self.video_patch[0] or 1, "audio": self.audio_patch[0] or 1}
 
 
+def patchings_of(
+    config: ModelConfig, video: LatentSpec, audio: LatentSpec
+) -> tuple[Patching, Patching]:
+    """Return how a model cuts video and audio into tokens; a patch of 0 is the whole axis here.
+
+    Raises:
+        ValueError: as ``patching_of``.
+    """
+    return patching_of(video, config.video_patch), patching_of(audio, config.audio_patch)
+
+
+def num_tokens(
+    patchings: tuple[Patching, Patching], shapes: tuple[tuple[int, ...], tuple[int, ...]]
+) -> int:
+    """Return the tokens of one sample of these shapes of video and audio, the task's too.
+
+    Raises:
+        ValueError: the latents don't divide into patches; names the axis.
+    """
+    return 1 + sum(p.num_tokens(shape) for p, shape in zip(patchings, shapes, strict=True))
+
+
 class DiT(nn.Module):
     """The velocity of video and audio latents, given their noisy values, times, task and text.
 
@@ -93,12 +115,8 @@ class DiT(nn.Module):
         width = config.width
         self.config = config
         self.specs = (video, audio)
-        self.patchings = (
-            patching_of(video, config.video_patch),
-            patching_of(audio, config.audio_patch),
-        )
-        for spec, patching in zip(self.specs, self.patchings, strict=True):
-            patching.counts(spec.shape)
+        self.patchings = patchings_of(config, video, audio)
+        num_tokens(self.patchings, (video.shape, audio.shape))  # raises where they don't divide
 
         values = [patching.num_values for patching in self.patchings]
         self.embed = nn.ModuleList(nn.Linear(size, width) for size in values)
@@ -152,18 +170,6 @@ class DiT(nn.Module):
     def num_parameters(self) -> int:
         """Weights of the model; count them before ZeRO-3 partitions them."""
         return sum(weight.numel() for weight in self.parameters())
-
-    def num_tokens(self, video: tuple[int, ...], audio: tuple[int, ...]) -> tuple[int, int, int]:
-        """Return tokens of one sample of these shapes by segment: task, video, audio.
-
-        Raises:
-            ValueError: the latents don't divide into patches; names the axis.
-        """
-        num_video, num_audio = (
-            patching.num_tokens(shape)
-            for patching, shape in zip(self.patchings, (video, audio), strict=True)
-        )
-        return 1, num_video, num_audio
 
     def forward(
         self,
