@@ -34,10 +34,10 @@ IMPORTERS = {
 TRAIN_MAY_IMPORT = {"pipeline", "pipeline.files", "pipeline.format", "pipeline.settings"}
 DATA_MAY_IMPORT = TRAIN_MAY_IMPORT | {
     *("pipeline.data_root", "pipeline.media_cache", "pipeline.plan_table", "pipeline.records"),
-    "pipeline.tables",
+    *("pipeline.tables", "pipeline.wording"),
 }
 SAMPLE_MAY_IMPORT = TRAIN_MAY_IMPORT | {
-    *("pipeline.codecs", "pipeline.gallery", "pipeline.plan_table"),
+    *("pipeline.codecs", "pipeline.data_root", "pipeline.gallery", "pipeline.plan_table"),
 }
 DEPENDENCIES = {
     *("av", "decord", "deepspeed", "fsspec", "google_crc32c", "s3fs", "numpy", "PIL", "pyarrow"),
