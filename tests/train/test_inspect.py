@@ -6,7 +6,10 @@ import sys
 import pytest
 
 from tests.train.columns import AUDIO_RATE_HZ, VIDEO_RATE_HZ, Dataset
+from train.config import load_train_config
 from train.data import inspect
+from train.data.loader import LatentLoader
+from train.data.view import open_view
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,6 @@ def test_everything_that_training_would_see_is_there(call, dataset):
 
 
 def test_first_batches_are_those_that_the_loader_gives(call, dataset, tmp_path):
-    from train.config import load_train_config
-    from train.data import LatentLoader, open_view
-
     found = json.loads(call("--json", "data.missing=drop"))
     overrides = ["data.missing=drop", "data.seconds=2", "data.heldout_share=0"]
     config = load_train_config(
@@ -83,6 +83,39 @@ def test_a_data_set_that_training_refuses_is_shown_with_the_reason(call):
     assert "T2AV 28, V2A 28, A2V 28" in printed
     assert "3 steps of 8 clips" in printed
     assert "refuses" not in call("data.missing=drop")
+
+
+def test_clips_that_lack_a_modality_count_for_the_tasks_they_serve(call, tmp_path):
+    data = Dataset(
+        tmp_path / "shards", failed_audio={1: "no_audio", 2: "silent"}, failed_video={7: "still"}
+    ).build()
+    found = json.loads(call("--json", "data.missing=mask", data=data.root))
+    assert found["tasks"] == {"T2AV": 40, "V2A": 37, "A2V": 37}
+    assert found["parts"][0]["clips"]["video_only"] == 2
+    found = json.loads(call("--json", "data.missing=drop", data=data.root))
+    assert found["tasks"] == {"T2AV": 37, "V2A": 37, "A2V": 37}
+
+
+def test_data_sets_that_are_mixed_are_shown_one_by_one(tmp_path, monkeypatch, capsys):
+    for seed, name in enumerate("ab"):
+        Dataset(tmp_path / name, seed=seed, wide=frozenset(range(10))).build()
+    mix = f"data.mix=[{{root: {tmp_path / 'a'}, weight: 3}}, {{root: {tmp_path / 'b'}}}]"
+    settings = ["data.seconds=2", "data.heldout_share=0", "model.video_patch=[2, 0, 3]"]
+    cache = f"data.cache_dir={tmp_path}"
+    monkeypatch.setattr(sys, "argv", ["inspect", mix, cache, "global_batch=8", *settings])
+    inspect.main()
+    printed = capsys.readouterr().out
+    assert f"data set 0: {tmp_path / 'a'}, weight 0.75" in printed
+    assert f"data set 1: {tmp_path / 'b'}, weight 0.25" in printed
+    assert (
+        "bucket 0             video [8, 2, 3, 3], audio [50, 4, 2]: 60 clips of 55 tokens"
+        in printed
+    )
+    assert (
+        "bucket 1             video [8, 2, 3, 6], audio [50, 4, 2]: 20 clips of 59 tokens"
+        in printed
+    )
+    assert "4 steps of 8 clips of data set 1" in printed
 
 
 def test_errors_are_one_line_and_exit_status_1(call, tmp_path):

@@ -76,9 +76,9 @@ def read_clip(view: View, part: Part, plan: PlanTable, clip: int) -> Drawn:
         start_s=planned["start_s"][row],
         caption=planned["caption"][row],
         bucket=bucket,
-        video=torch.from_numpy(latents["video"]),
-        audio=torch.from_numpy(latents["audio"]),
-        text=torch.from_numpy(text),
+        video=torch.tensor(latents["video"]),
+        audio=torch.tensor(latents["audio"]),
+        text=torch.tensor(text),
     )
 
 
@@ -86,4 +86,4 @@ def without_variance(latent: np.ndarray, spec: ColumnSpec) -> np.ndarray:
     """Return the latent itself: of one stored as moments its mean, the likeliest value."""
     if not spec.stores_moments:
         return latent
-    return np.ascontiguousarray(np.split(latent, 2, axis=spec.channel_axis)[0])
+    return np.split(latent, 2, axis=spec.channel_axis)[0]
