@@ -41,6 +41,9 @@ STATUSES = (
 OK = 0
 STATUS_CODE = {name: code for code, name in enumerate(STATUSES)}
 
+# Stored log-variances count as lying in here, as in diffusers' DiagonalGaussianDistribution.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
 # One record per row. `offset` and `nbytes` delimit the array's own bytes inside the tar (behind
 # the tar header and the .npy header), so that one preadv fills a tensor. `shape` is padded with
 # zeros on the right; `crc32c` covers those bytes; a tombstone has nbytes 0 and its status.

@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.files import naming_a_full_disk, write_json
 from pipeline.format import (
     INDEX_DTYPE,
+    LOG_VARIANCE_RANGE,
     OK,
     Column,
     ColumnSpec,
@@ -102,9 +103,8 @@ class ShardWriter:
             with naming_a_full_disk(self._files.place):
                 record["offset"], record["crc32c"] = self._write_member(key, array)
             record["nbytes"] = array.nbytes
-            axis = self._column.spec.channel_axis
-            self._sums = self._sums + channel_sums(array, axis)
-            self._num_values += array.size // array.shape[axis]
+            self._sums = self._sums + channel_sums(array, self._column.spec)
+            self._num_values += array.size // array.shape[self._column.spec.channel_axis]
         self._records.append(record)
 
     def commit(self, extra: dict[str, Any] | None = None, replacing: bool = False) -> bool:
@@ -140,6 +140,11 @@ class ShardWriter:
             raise FormatError(
                 f"row {key}: {array.dtype} array of shape {array.shape}, strides {array.strides}; "
                 f"expected a C-contiguous {spec.dtype} one with axes {spec.axes} (at most 4)"
+            )
+        if spec.stores_moments and array.shape[spec.channel_axis] % 2:
+            raise FormatError(
+                f"row {key}: {array.shape[spec.channel_axis]} channels of means and log-variances, "
+                "expected as many of one as of the other"
             )
 
     def _write_member(self, key: str, array: np.ndarray) -> tuple[int, int]:
@@ -195,8 +200,16 @@ def member_header(name: str, shape: Sequence[int], dtype: np.dtype) -> bytes:
     return member.tobuf(tarfile.USTAR_FORMAT) + npy.getvalue()
 
 
-def channel_sums(array: np.ndarray, channel_axis: int) -> np.ndarray:
-    """Return the sums of values and of their squares, float64 [2, channels]."""
-    others = tuple(axis for axis in range(array.ndim) if axis != channel_axis)
-    values = array.astype(np.float64)
-    return np.stack([values.sum(axis=others), np.square(values, out=values).sum(axis=others)])
+def channel_sums(array: np.ndarray, spec: ColumnSpec) -> np.ndarray:
+    """Return the sums of values and of their squares, float64 [2, channels].
+
+    Of moments those that latents drawn from them have on average, so that the statistics are of
+    what a model gets: E[x] is the mean, E[x²] = mean² + variance; [2, channels / 2].
+    """
+    others = tuple(axis for axis in range(array.ndim) if axis != spec.channel_axis)
+    values, variance = array.astype(np.float64), 0.0
+    if spec.stores_moments:
+        values, log_variance = np.split(values, 2, axis=spec.channel_axis)
+        variance = np.exp(np.clip(log_variance, *LOG_VARIANCE_RANGE)).sum(axis=others)
+    total = values.sum(axis=others)
+    return np.stack([total, np.square(values, out=values).sum(axis=others) + variance])

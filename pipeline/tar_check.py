@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from pipeline.format import OK, Column
+from pipeline.format import OK, Column, ColumnSpec
 from pipeline.records import CommitRecord
 from pipeline.shards import channel_sums, member_header
 
@@ -71,7 +71,7 @@ def check_tar(
         for row in np.flatnonzero(index["status"] == OK).tolist():
             try:
                 array = read_member(reader, column, keys[row], index[row])
-                sums = sums + finite_sums(array, axis)
+                sums = sums + finite_sums(array, column.spec)
                 num_values += array.size // array.shape[axis]
             except MemberError as error:
                 is_sound = False
@@ -141,17 +141,18 @@ def header_difference(found: bytes, expected: bytes) -> str:
     return f"the .npy header is {found[block:]!r:.120}, expected {expected[block:]!r:.120}"
 
 
-def finite_sums(array: np.ndarray, channel_axis: int) -> np.ndarray:
-    """Return the channel sums of an array, float64 [2, channels].
+def finite_sums(array: np.ndarray, spec: ColumnSpec) -> np.ndarray:
+    """Return the channel sums of an array, see ``shards.channel_sums``.
 
     Raises:
-        MemberError: it holds NaN or infinity. Finite float16 and float32 can't overflow the sums.
+        MemberError: it holds NaN or infinity (finite float16 and float32 can't overflow the sums),
+            or means without log-variances.
     """
-    with np.errstate(invalid="ignore", over="ignore"):
-        sums = channel_sums(array, channel_axis)
-    if not np.isfinite(sums).all():
+    if not np.isfinite(array).all():
         raise MemberError("the array holds NaN or infinity, expected finite values")
-    return sums
+    if spec.stores_moments and (found := array.shape[spec.channel_axis]) % 2:
+        raise MemberError(f"{found} channels of means and log-variances, expected an even number")
+    return channel_sums(array, spec)
 
 
 def differences(

@@ -18,19 +18,22 @@ import numpy as np
 import pytest
 from webdataset import WebDataset  # pyright: ignore[reportAttributeAccessIssue]
 
-from pipeline.files import NoRoomError
-from pipeline.format import OK, STATUS_CODE, Column, FormatError, keys_hash
+from pipeline.files import NoRoomError, read_range
+from pipeline.format import OK, STATUS_CODE, Column, FormatError, keys_hash, open_column
 from pipeline.records import sum_records
-from pipeline.shards import ShardWriter, create_column
+from pipeline.shards import ShardWriter, channel_sums, create_column
 from tests.train.columns import Dataset
-from train.data.payload import PayloadReader
 
 
 def read_row(column, shard, row, num_rows):
-    """Return a row as the trainer reads it, or None for a tombstone."""
+    """Return a row by its index record, as a trainer reads it, or None for a tombstone."""
     record = column.index(shard, num_rows)[row]
-    reader = PayloadReader(column, max_open=1, verify_crc=True)
-    return reader.read_row(shard, row, "", record) if record["status"] == OK else None
+    if record["status"] != OK:
+        return None
+    data = read_range(column.tar_path(shard), int(record["offset"]), int(record["nbytes"]))
+    assert google_crc32c.value(data) == record["crc32c"]
+    shape = [int(size) for size in record["shape"] if size]
+    return np.frombuffer(data, column.spec.dtype).reshape(shape)
 
 
 CRASH_EVENTS = {"open", "os.rename", "os.link", "os.remove"}
@@ -146,6 +149,43 @@ def test_statistics_are_those_of_all_values(dataset: Dataset, column: Column) ->
     found = sum_records(column).statistics()
     np.testing.assert_allclose(found["mean"], values.mean(axis=(0, 2, 3)), atol=1e-9)
     np.testing.assert_allclose(found["std"], values.std(axis=(0, 2, 3)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_statistics_of_moments_are_those_of_latents_drawn_from_them(
+    tmp_path: Path, modality: str
+) -> None:
+    dataset = Dataset(tmp_path / "shards", moments=frozenset([modality])).build()
+    column = open_column(dataset.root, dataset.spec(modality).directory, dataset.plan.plan_id)
+    axis = column.spec.channel_axis
+    stored = [getattr(dataset, modality)(clip) for clip in range(40)]
+    mean, log_variance = np.split(np.concatenate(stored).astype(np.float64), 2, axis)
+    noise = np.random.default_rng(0).standard_normal((50, *mean.shape))
+    drawn = np.moveaxis(mean + np.exp(0.5 * log_variance) * noise, axis + 1, 0)
+    found = sum_records(column).statistics()
+    assert found and found["count"] == mean.size // mean.shape[axis]
+    channels = drawn.reshape(len(drawn), -1)
+    np.testing.assert_allclose(found["mean"], channels.mean(axis=1), atol=3e-3)
+    np.testing.assert_allclose(found["std"], channels.std(axis=1), rtol=3e-3)
+
+
+def test_extreme_log_variances_count_as_what_is_drawn_from_them(tmp_path: Path) -> None:
+    spec = Dataset(tmp_path, moments=frozenset(["video"])).spec("video")
+    moments = np.zeros((1, 4, 1, 1), np.float16)
+    moments[0, 2:, 0, 0] = 60_000, -60_000
+    total, squares = channel_sums(moments, spec)
+    np.testing.assert_allclose(total, [0, 0])
+    np.testing.assert_allclose(squares, np.exp([20.0, -30.0]))
+
+
+def test_means_without_log_variances_are_refused(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "shards", moments=frozenset(["video"]))
+    column = create_column(dataset.root, dataset.spec("video"), dataset.plan.plan_id)
+    with (
+        ShardWriter(column, 0, "first") as writer,
+        pytest.raises(FormatError, match="3 channels of means and log-variances"),
+    ):
+        writer.add("key", np.zeros((5, 3, 2, 2), np.float16))
 
 
 def test_column_json_is_left_alone_when_it_is_the_same(dataset: Dataset, column: Column) -> None:

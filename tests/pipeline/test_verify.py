@@ -397,6 +397,25 @@ def test_values_that_are_not_finite_are_found_though_all_checksums_fit(dataset, 
     assert "NaN or infinity" in finding.message
 
 
+def test_infinite_log_variance_is_found_though_it_is_clipped_when_summed(tmp_path):
+    dataset = Dataset(tmp_path / "data", num_clips=9, moments=frozenset(["video"])).build()
+    write_captions(dataset)
+    assert not findings(dataset, full=True)
+    path = folder_of(dataset, "video") / "000001.tar"
+    entry = np.load(path.with_name("000001.idx.npy"))[0]
+    first, end = int(entry["offset"]), int(entry["offset"] + entry["nbytes"])
+    data = bytearray(path.read_bytes())
+    data[end - 2 : end] = np.float16(np.inf).tobytes()  # the last channels are log-variances
+
+    def change(index):
+        index["crc32c"][0] = google_crc32c.value(bytes(data[first:end]))
+
+    rewrite_index(dataset, 1, change)
+    rewrite_tar(dataset, 1, bytes(data))
+    (finding,) = findings(dataset, full=True)
+    assert "NaN or infinity" in finding.message
+
+
 @pytest.mark.parametrize("name", ["count", "sum", "sum_of_squares"])
 def test_channel_sums_that_are_not_those_of_the_values_are_found(dataset, name):
     path = folder_of(dataset, "video") / "000001.json"
