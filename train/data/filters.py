@@ -61,25 +61,27 @@ class ClipFilter:
         """Return which clips pass, bool [R].
 
         Args:
-            clips: values of ``plan_columns`` by name, R each; and ``key``.
+            clips: values of plan columns by name, R each: ``key``, and those of the filter.
             facts: R rows with the columns named in ``facts``; may be None where none is.
 
         Raises:
             ConfigError: a fact is not known, or the types don't fit, such as text and number.
         """
-        columns = {name: pa.array(clips[name], PLAN_SCHEMA.field(name).type) for name in clips}
+        columns = {
+            name: pa.array(clips[name], PLAN_SCHEMA.field(name).type) for name in self.plan_columns
+        }
         for name, place in self.facts.items():
             if facts is None or name not in facts.column_names:
                 known = [] if facts is None else [f"facts.{each}" for each in facts.column_names]
                 raise unknown(self.text, place, f"facts.{name}", known)
             columns[f"facts.{name}"] = facts[name]
-        columns["row of shard"] = pa.array(np.arange(len(clips["key"])))
+        is_passing = np.zeros(len(clips["key"]), dtype=bool)
+        columns["row of shard"] = pa.array(np.arange(len(is_passing)))
         try:
             found = pa.table(columns).filter(self.expression)["row of shard"]
         except (pa.ArrowException, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(f"data.filter {self.text!r} can't be computed: {reason}") from None
-        is_passing = np.zeros(len(clips["key"]), dtype=bool)
         is_passing[found.to_numpy()] = True
         return is_passing
 

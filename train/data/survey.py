@@ -21,7 +21,7 @@ from pipeline.files import map_ahead
 from pipeline.format import OK, STATUSES, Column, FormatError, Plan, keys_hash, shard_name
 from pipeline.plan_table import PlanTable
 from pipeline.records import ChannelSums, record_path, repair
-from pipeline.tables import open_parquet, read_parquet
+from pipeline.tables import open_parquet
 from train.data.census import NOT_USABLE, CensusWriter, ClipClass, Tally
 from train.data.committed import CommittedShard, check_all_committed, read_committed
 from train.data.filters import ClipFilter
@@ -164,9 +164,10 @@ def read_facts(
         )
     path = root / folder / f"{shard_name(shard)}.parquet"
     try:
-        table = read_parquet(path, ["key", *names])
-        if set(names) - set(table.column_names):  # to be told which there are
-            table = open_parquet(path).read()
+        with open_parquet(path) as file:
+            there = file.schema_arrow.names
+            # All of them where one is not there, to be told which there are.
+            table = file.read(["key", *names] if set(names) <= set(there) else there)
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise FormatError(

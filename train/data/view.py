@@ -9,12 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-import google_crc32c
-import numpy as np
 import torch
 
 from pipeline.data_root import open_root
-from pipeline.files import read_range
 from pipeline.format import (
     MODALITIES,
     OK,
@@ -25,7 +22,6 @@ from pipeline.format import (
     read_plan,
     statistics_of,
 )
-from pipeline.records import repair
 from pipeline.settings import ConfigError
 from train.data.buckets import Bucket, assign_buckets
 from train.data.census import ClipClass
@@ -33,6 +29,7 @@ from train.data.census_cache import open_census
 from train.data.config import DataConfig, PartConfig
 from train.data.filters import parse_filter
 from train.data.part import CLIP_MODALITIES, Part, Source
+from train.data.payload import read_row
 from train.data.survey import Subset, Wish
 from train.latents import LatentSpec
 
@@ -282,20 +279,12 @@ def read_null_text(part: Part) -> torch.Tensor:
         FormatError: it was not encoded, or is damaged.
     """
     column, caption = part.opened["text"], part.caption_record(0)
-    record, path = caption.record, column.path / caption.tar
-    if record["status"] != OK:
+    if caption.record["status"] != OK:
         raise FormatError(
             f"{column.path}: caption 0, the empty one, was not encoded; encode text again"
         )
-    data = read_range(path, int(record["offset"]), int(record["nbytes"]))
-    found, expected = google_crc32c.value(data), int(record["crc32c"])
-    if found != expected:
-        raise FormatError(
-            f"{path} row 0 (the empty caption): crc32c is {found:08x}, expected {expected:08x}; "
-            f"{repair(column, caption.shard)}"
-        )
-    shape = [int(size) for size in record["shape"] if size]
-    return torch.from_numpy(np.frombuffer(data, column.spec.dtype).reshape(shape).copy())
+    array = read_row(column.path, caption.tar, caption.record, "the empty caption")
+    return torch.from_numpy(array)
 
 
 def check_widths(parts: Sequence[Part], null_texts: Sequence[torch.Tensor]) -> None:
