@@ -1,0 +1,43 @@
+"""Daemon threads that work off a queue; one that hangs in a read must not hold up an exit."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+END_S = 5.0  # for threads to end; those that hang are left alone
+
+
+class Workers:
+    """Threads that make calls, in the order in which they were given.
+
+    Args:
+        num_threads: calls made at once.
+        name: of the threads.
+    """
+
+    def __init__(self, num_threads: int, name: str) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._work, name=name, daemon=True) for _ in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, call: Callable[[], None]) -> None:
+        """Have a call made, which raises nothing."""
+        self._calls.put(call)
+
+    def close(self) -> None:
+        """End the threads, behind the calls that were given before."""
+        for _ in self._threads:
+            self._calls.put(None)
+        give_up = time.monotonic() + END_S
+        for thread in self._threads:
+            thread.join(max(0.0, give_up - time.monotonic()))
+
+    def _work(self) -> None:
+        for call in iter(self._calls.get, None):
+            call()

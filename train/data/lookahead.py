@@ -1,0 +1,166 @@
+"""The stream walked some windows ahead of reading, so that shards are ready when they are needed.
+
+What is ready stays until no batch on the way needs it. The stream is a pure function, so the walk
+knows exactly what comes: rows that rare shapes left over from windows before, too.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Generic, NamedTuple, TypeVar
+
+from train.data.background import Workers
+from train.data.retry import LoaderClosed
+from train.data.stream import Cursor, GlobalBatch, Stream
+
+Ready = TypeVar("Ready")
+
+
+class ShardPlace(NamedTuple):
+    """A shard of one of the data sets."""
+
+    part: int
+    shard: int
+
+
+class _Entry(Generic[Ready]):
+    """A shard on its way: the last sample known to need it, and what came of it."""
+
+    def __init__(self) -> None:
+        self.needed_until = -1
+        self.ready: Ready | None = None
+        self.error: BaseException | None = None
+
+
+class Lookahead(Generic[Ready]):
+    """Gives the batches of a stream, and gets their shards ready in the order of need.
+
+    Args:
+        stream: the stream.
+        start: where it begins.
+        prepare: gets a shard ready; called in a thread.
+        num_ahead: shards of one data set that are ready or on their way, at most; those of a batch
+            that was asked for are always.
+        num_threads: shards being got ready at once.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        start: Cursor,
+        prepare: Callable[[ShardPlace], Ready],
+        num_ahead: int,
+        num_threads: int,
+    ) -> None:
+        self._stream, self._prepare, self._num_ahead = stream, prepare, num_ahead
+        self._entries: dict[tuple[int, int], _Entry[Ready]] = {}
+        self._batches: deque[GlobalBatch] = deque()
+        self._error: BaseException | None = None  # of the stream itself
+        self._is_asked = self._is_closed = False
+        self._changed = threading.Condition()
+        self._workers = Workers(num_threads, "lookahead")
+        self._walker = Workers(1, "stream")
+        self._walker.put(partial(self._walk, start))
+
+    def next_batch(self) -> GlobalBatch:
+        """Return the next global batch.
+
+        Raises:
+            Exception: what the stream raised, at every call.
+            LoaderClosed: this was closed meanwhile.
+        """
+        with self._changed:
+            if not self._batches:
+                self._is_asked = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._batches or self._error or self._is_closed)
+                self._is_asked = False
+            if self._is_closed:
+                raise LoaderClosed("the loader was closed")
+            if not self._batches and self._error:
+                raise self._error
+            return self._batches.popleft()
+
+    def get(self, part: int, shard: int) -> Ready:
+        """Return a shard of a batch that was given; waits until it is ready.
+
+        Raises:
+            Exception: what getting it ready raised, at every call.
+            LoaderClosed: this was closed meanwhile.
+        """
+        entry = self._entries.get((part, shard))
+        if entry is None or entry.ready is None:
+            return self._awaited(part, shard)
+        return entry.ready
+
+    def advance(self, sample: int) -> None:
+        """Let go what no batch from the one of this first sample on is known to need."""
+        with self._changed:
+            done = [place for place, entry in self._entries.items() if entry.needed_until < sample]
+            for place in done:
+                del self._entries[place]
+            if done:
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Let all go, wake up whoever waits, and end the threads."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._walker.close()
+        self._workers.close()
+        self._entries.clear()
+
+    def _awaited(self, part: int, shard: int) -> Ready:
+        with self._changed:
+            while not self._is_closed:
+                entry = self._entries[part, shard]
+                if entry.error is not None:
+                    raise entry.error
+                if entry.ready is not None:
+                    return entry.ready
+                self._changed.wait()
+        raise LoaderClosed("the loader was closed")
+
+    def _walk(self, start: Cursor) -> None:
+        try:
+            for batch in self._stream.batches(start):
+                places = [(batch.part, shard) for shard in self._stream.shards_of(batch)]
+                with self._changed:
+                    for place in places:
+                        self._ask(place, batch.first_sample)
+                    if self._is_closed:
+                        return
+                    self._batches.append(batch)
+                    if self._is_asked:
+                        self._changed.notify_all()
+        except BaseException as error:  # raised again where a batch is asked for
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _ask(self, place: tuple[int, int], sample: int) -> None:
+        """Note that a batch needs a shard, once there is room for it."""
+        if (entry := self._entries.get(place)) is None:
+            self._changed.wait_for(lambda: self._has_room(place[0]))
+            entry = self._entries[place] = _Entry()
+            self._workers.put(partial(self._make_ready, ShardPlace(*place), entry))
+        entry.needed_until = sample
+
+    def _has_room(self, part: int) -> bool:
+        if self._is_closed or (self._is_asked and not self._batches):
+            return True
+        return sum(other == part for other, _ in self._entries) < self._num_ahead
+
+    def _make_ready(self, place: ShardPlace, entry: _Entry[Ready]) -> None:
+        if self._is_closed or self._entries.get(place) is not entry:  # let go meanwhile
+            return
+        try:
+            entry.ready = self._prepare(place)
+        except BaseException as error:  # raised again where the shard is asked for
+            entry.error = error
+        with self._changed:
+            self._changed.notify_all()

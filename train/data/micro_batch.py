@@ -1,0 +1,163 @@
+"""A micro-batch on its way from rows to tensors: memory that threads fill, then a `LatentBatch`."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from train.data.batch_memory import BatchMemory
+from train.data.part import CLIP_MODALITIES
+from train.data.posterior import sample_posterior
+from train.data.stream import GlobalBatch
+from train.data.view import View
+from train.latents import LatentBatch, LatentSpec
+
+TEXT_MULTIPLE = 4  # text lengths are rounded up to this, for fewer shapes to compile and plan for
+
+
+class Draft:
+    """A micro-batch while it is read: B samples, of which threads fill some each.
+
+    Args:
+        batch: the global batch.
+        first: place in it of the first sample.
+        latents: by modality, uninitialised float16 [B, …], as latents are stored.
+
+    Attributes:
+        rows_of: by modality, the B rows of ``latents`` as bytes.
+        latent_bytes: by modality, bytes of one latent.
+        has: by modality, bool [B].
+        audio_start_s: float32 [B].
+        keys: B keys.
+        captions: B captions, float16 [S, D] each.
+    """
+
+    def __init__(self, batch: GlobalBatch, first: int, latents: dict[str, torch.Tensor]) -> None:
+        self.batch, self.first, self.latents = batch, first, latents
+        self.size = size = len(latents["video"])
+        self.rows_of: dict[str, list[np.ndarray]] = {}
+        self.latent_bytes: dict[str, int] = {}
+        for name, tensor in latents.items():
+            rows = tensor.numpy().reshape(size, -1).view(np.uint8)
+            self.rows_of[name] = list(rows)
+            self.latent_bytes[name] = rows.shape[1] // tensor.shape[1]
+        self.has = {name: np.ones(size, np.bool_) for name in latents}
+        self.audio_start_s = np.zeros(size, np.float32)
+        self.keys = [""] * size
+        self.captions: list[np.ndarray] = [np.empty((0, 0), np.float16)] * size
+        self._error: BaseException | None = None
+        self._num_left, self._counting = size, threading.Lock()
+        self._is_read = threading.Event()
+
+    def note_read(self, num_samples: int, error: BaseException | None) -> None:
+        """Note that some samples are filled, or why they are not."""
+        with self._counting:
+            self._num_left -= num_samples
+            self._error = self._error or error
+            if not self._num_left:
+                self._is_read.set()
+
+    def wait(self) -> None:
+        """Wait until all samples are filled.
+
+        Raises:
+            Exception: what reading raised, at every call.
+        """
+        self._is_read.wait()
+        if self._error is not None:
+            raise self._error
+
+
+class Drafting:
+    """Makes drafts for a view, and batches of them.
+
+    Args:
+        view: the view.
+        seed: seed of the run: keys what is drawn from posteriors.
+        device: where batches go; on a GPU by way of pinned memory.
+    """
+
+    def __init__(self, view: View, seed: int, device: torch.device) -> None:
+        self._view, self._seed, self._device = view, seed, device
+        self._memory = BatchMemory(is_pinned=device.type == "cuda")
+        self._is_moments = {
+            name: view.parts[0].opened[name].spec.stores_moments for name in CLIP_MODALITIES
+        }
+
+    def begin(self, batch: GlobalBatch, first: int, size: int) -> Draft:
+        """Return a micro-batch to be filled: the samples [first, first + size) of a global one."""
+        bucket = self._view.buckets[batch.bucket]
+        shapes = {spec.modality: self._stored_shape(spec) for spec in (bucket.video, bucket.audio)}
+        latents = {name: self._memory.take((size, *shape)) for name, shape in shapes.items()}
+        return Draft(batch, first, latents)
+
+    def finish(self, draft: Draft) -> LatentBatch:
+        """Return a draft that was filled as a batch on the device."""
+        text, text_mask = self._pad(draft.captions)
+        first_sample = draft.batch.first_sample + draft.first
+        batch = LatentBatch(
+            samples=torch.arange(first_sample, first_sample + draft.size),
+            keys=tuple(draft.keys),
+            bucket=draft.batch.bucket,
+            video=draft.latents["video"],
+            audio=draft.latents["audio"],
+            has_video=torch.from_numpy(draft.has["video"]),
+            has_audio=torch.from_numpy(draft.has["audio"]),
+            video_start_s=torch.zeros(draft.size),
+            audio_start_s=torch.from_numpy(draft.audio_start_s),
+            text=text,
+            text_mask=text_mask,
+        )
+        if self._device.type != "cpu":
+            batch = to_device(batch, self._device)
+        if any(self._is_moments.values()):
+            batch = self._sampled(batch)
+        return batch
+
+    def _stored_shape(self, spec: LatentSpec) -> tuple[int, ...]:
+        """Return the shape of a crop in the tar: moments have twice the channels."""
+        shape = list(spec.shape)
+        if self._is_moments[spec.modality]:
+            shape[spec.channel_axis] *= 2
+        return tuple(shape)
+
+    def _pad(self, captions: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return captions side by side, float16 [B, S, D], and which tokens are real, [B, S]."""
+        lengths = np.array([len(caption) for caption in captions])
+        longest = -(-int(lengths.max()) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+        text = self._memory.take((len(captions), longest, self._view.text_width))
+        padded = text.numpy()
+        for row, caption in zip(padded, captions, strict=True):
+            row[: len(caption)] = caption
+            row[len(caption) :] = 0
+        return text, torch.from_numpy(np.arange(longest) < lengths[:, None])
+
+    def _sampled(self, batch: LatentBatch) -> LatentBatch:
+        """Draw latents from the posteriors of what is stored as moments."""
+        bucket, drawn = self._view.buckets[batch.bucket], {}
+        for spec, has in ((bucket.video, batch.has_video), (bucket.audio, batch.has_audio)):
+            name = spec.modality
+            if self._is_moments[name]:
+                moments = getattr(batch, name)
+                latents = sample_posterior(
+                    moments, spec.channel_axis, name, self._seed, batch.samples
+                )
+                is_there = has.view(-1, *[1] * (latents.dim() - 1))
+                drawn[name] = torch.where(is_there, latents, 0)
+        return replace(batch, **drawn)
+
+
+def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
+    """Copy a batch to a GPU; the big tensors, which are pinned, without waiting.
+
+    ``samples`` stays: it seeds generators on the host, and reading it back would wait for the GPU.
+    """
+    tensors = {
+        name: value.to(device, non_blocking=value.is_pinned())
+        for name, value in vars(batch).items()
+        if isinstance(value, torch.Tensor) and name != "samples"
+    }
+    return replace(batch, **tensors)

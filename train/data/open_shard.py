@@ -1,0 +1,135 @@
+"""Shards ready to be read from: their rows, checked, where crops may start, and their tars."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.files import is_local
+from pipeline.records import repair
+from pipeline.settings import ConfigError
+from train.data.crops import num_starts
+from train.data.lookahead import ShardPlace
+from train.data.part import CLIP_MODALITIES, Part, ShardRows
+from train.data.payload import Seen, ShardPayloads
+from train.data.retry import Patience
+from train.data.shard_files import ShardFiles
+from train.data.tar_bytes import PatientTar, TarFacts
+from train.data.view import View
+
+
+@dataclass(frozen=True, eq=False)
+class OpenShard:
+    """A shard ready to be read from. R planned clips.
+
+    Attributes:
+        first_row: number of its first row in the data set.
+        keys: of the R clips.
+        text_rows: int64 [R], rows of their captions.
+        num_starts: int64 [R], latents of video that a crop may start at.
+        num_latents: by modality, int64 [R].
+        has: by modality, bool [R].
+        payloads: by modality.
+    """
+
+    first_row: int
+    keys: Sequence[str]
+    text_rows: np.ndarray
+    num_starts: np.ndarray
+    num_latents: dict[str, np.ndarray]
+    has: dict[str, np.ndarray]
+    payloads: dict[str, ShardPayloads]
+
+
+class ShardOpener:
+    """Opens the shards of a view; safe in threads.
+
+    Args:
+        view: the view.
+        files: opens tars.
+        patience: how long to try again.
+    """
+
+    def __init__(self, view: View, files: ShardFiles, patience: Patience) -> None:
+        self._view, self._files, self._patience = view, files, patience
+        columns = [part.opened[name] for part in view.parts for name in CLIP_MODALITIES]
+        self._is_croppable = all(column.spec.croppable for column in columns)
+        self._seen: list[dict[str, Seen | None]] = [self._new_seen(part) for part in view.parts]
+        self._largest: dict[int, int] = {}  # bytes of the largest shard so far, by remote data set
+        self._measuring = threading.Lock()
+
+    def open(self, place: ShardPlace) -> OpenShard:
+        """Open a shard; of a remote data set, its tars are copied.
+
+        Raises:
+            FormatError: the shard is damaged, or can't be read for long.
+            ConfigError: the cache can't hold the copies of two windows.
+            LoaderClosed: the loader was closed meanwhile.
+        """
+        part, shard = self._view.parts[place.part], place.shard
+        rows = self._patience.call(f"{part.root} shard {shard}", lambda: part.shard_rows(shard))
+        is_remote = not is_local(part.root)
+        if is_remote:
+            self._check_room(place.part, rows)
+        payloads = {name: self._payloads(place.part, rows, name) for name in CLIP_MODALITIES}
+        if is_remote:
+            for name, payload in payloads.items():
+                if rows.has[name].any():
+                    payload.tar.open()
+        num_latents = {
+            name: rows.index[name]["shape"][:, 0].astype(np.int64) for name in CLIP_MODALITIES
+        }
+        starts = np.ones(len(rows.keys), np.int64)
+        if self._is_croppable:
+            starts = num_starts(self._view.video, self._view.audio, num_latents, rows.has)
+        return OpenShard(
+            first_row=int(part.first_rows[shard]),
+            keys=rows.keys,
+            text_rows=rows.text_rows,
+            num_starts=starts,
+            num_latents=num_latents,
+            has=rows.has,
+            payloads=payloads,
+        )
+
+    def _new_seen(self, part: Part) -> dict[str, Seen | None]:
+        if self._view.config.verify_crc == "always":
+            return dict.fromkeys(CLIP_MODALITIES)
+        return {name: Seen(int(part.first_rows[-1])) for name in CLIP_MODALITIES}
+
+    def _payloads(self, number: int, rows: ShardRows, name: str) -> ShardPayloads:
+        part = self._view.parts[number]
+        column = part.opened[name]
+        facts = TarFacts(
+            path=column.path / rows.tars[name],
+            nbytes=rows.tar_bytes[name],
+            crc32c=rows.tar_crc32c[name],
+            repair=repair(column, rows.shard),
+        )
+        tar = PatientTar(facts, self._files.open, self._patience)
+        first_row = int(part.first_rows[rows.shard])
+        return ShardPayloads(tar, rows.index[name], rows.keys, self._seen[number][name], first_row)
+
+    def _check_room(self, number: int, rows: ShardRows) -> None:
+        """Check that the cache holds two windows of every remote data set.
+
+        Raises:
+            ConfigError: it can't; tells what it should hold.
+        """
+        nbytes, window = sum(rows.tar_bytes.values()), self._view.config.window_shards
+        with self._measuring:
+            self._largest[number] = max(nbytes, self._largest.get(number, 0))
+            needed = sum(
+                min(2 * window, len(self._view.parts[part].counts)) * largest
+                for part, largest in self._largest.items()
+            )
+        if needed > self._files.cache_bytes:
+            raise ConfigError(
+                f"data.cache_gb={self._view.config.cache_gb:g} can't hold two windows of "
+                f"data.window_shards={window} remote shards, of up to {nbytes / 1e9:.3g} GB each; "
+                f"set data.cache_gb to {needed * 1.1 / 1e9:.3g} or more, or lower "
+                "data.window_shards"
+            )
