@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -17,24 +18,31 @@ from train.checkpoint import latest_complete, load_model_for_sampling
 from train.ranks import find_disagreement, one_message
 
 TIMES = ("step_s", "samples_per_s", "data_wait")
+STEPS = 200  # a few seconds: enough to take a file away while they pass
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return Dataset(tmp_path_factory.mktemp("data") / "shards").build()
+    """Clips of two sizes, 20 each: an epoch has two steps of either."""
+    root = tmp_path_factory.mktemp("data") / "shards"
+    return Dataset(root, wide=frozenset(range(0, 40, 2))).build()
 
 
 def settings(dataset, run_dir, *more):
-    """Six steps of a very small model; two micro-batches per rank and step."""
+    """Many steps of a very small model; two micro-batches per rank and step."""
     return (
         f"data.root={dataset.root}",
+        f"data.cache_dir={dataset.root.parent}",
         "data.seconds=2",
+        "data.heldout_share=0",
+        "data.window_shards=1",
+        "data.retry_s=0.3",
         f"run_dir={run_dir}",
         "model.width=32",
         "model.depth=2",
         "model.heads=2",
-        "model.video_patch=[2, 0, 0]",
-        "steps=6",
+        "model.video_patch=[2, 0, 3]",
+        f"steps={STEPS}",
         "global_batch=8",
         "micro_batch=2",
         "zero_stage=2",
@@ -42,7 +50,7 @@ def settings(dataset, run_dir, *more):
         "optim.warmup_steps=2",
         "optim.schedule=cosine",
         "ema_decay=0.7",
-        "checkpoint.every_steps=4",
+        "checkpoint.every_steps=100",
         "log.every_steps=1",
         *more,
     )
@@ -73,6 +81,14 @@ def numbers(run_dir):
     return [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(run_dir)]
 
 
+def await_lines(process, run_dir, num_lines):
+    """Wait until a run has reported so many steps."""
+    path = run_dir / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < num_lines:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
 def assert_same_training(run_dir, straight):
     assert numbers(run_dir) == numbers(straight)
     first, second = (load_file(newest(path) / "ema.safetensors") for path in (run_dir, straight))
@@ -82,21 +98,22 @@ def assert_same_training(run_dir, straight):
 
 def test_run_writes_metrics_checkpoints_and_settings(straight):
     lines = metrics(straight)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["samples"] for line in lines] == [8, 16, 24, 32, 40, 48]
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["samples"] for line in lines] == list(range(8, 8 * STEPS + 1, 8))
     for line in lines:
         assert any(name.startswith("loss/") for name in line)
         assert line["gradient_norm"] > 0
         assert line["skipped_steps"] == 0
+        assert 0 <= line["data_wait"] <= 1
     names = sorted(path.name for path in (straight / "checkpoints").glob("step_*"))
-    assert names == ["step_00000004", "step_00000006"]
+    assert names == ["step_00000100", "step_00000200"]
     assert (straight / "config.yaml").exists()
     assert list((straight / "tensorboard").iterdir())
 
 
 def test_model_for_sampling_needs_only_the_checkpoint(dataset, straight):
     trained = load_model_for_sampling(straight)
-    assert trained.step == 6
+    assert trained.step == STEPS
     assert trained.config.width == 32
     assert trained.columns["video"] == dataset.spec("video").directory
     assert trained.text_width == dataset.text_width
@@ -104,30 +121,51 @@ def test_model_for_sampling_needs_only_the_checkpoint(dataset, straight):
     assert not model.training
     assert trained.weights.keys() == model.state_dict().keys()
     assert any(weight.abs().sum() > 0 for weight in model.outputs.parameters())
-    older = load_model_for_sampling(straight / "checkpoints" / "step_00000004")
-    assert older.step == 4
+    assert {video[-1] for video, _ in trained.shapes} == {3, 6}
+    older = load_model_for_sampling(straight / "checkpoints" / "step_00000100")
+    assert older.step == 100
 
 
-def test_stopped_and_resumed_run_is_bit_equal_to_a_straight_one(dataset, straight, tmp_path):
+def test_a_run_that_lost_a_shard_and_was_stopped_is_bit_equal_to_a_straight_one(
+    dataset, straight, tmp_path
+):
     arguments = settings(dataset, tmp_path)
-    (tmp_path / "stop").touch()
-    stopped = run(*arguments)
-    assert "stopped at step 1 of 6" in stopped.stderr
-    assert not (tmp_path / "stop").exists()
-    assert newest(tmp_path).name == "step_00000001"
+    tar = dataset.column_path("video") / "000003.tar"
+    away = tar.with_suffix(".away")
+    try:
+        with launched(*arguments, num_ranks=2) as process:
+            await_lines(process, tmp_path, 3)
+            tar.rename(away)  # every epoch opens each shard anew
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert "Traceback" not in errors
+        (message,) = (line for line in errors.splitlines() if line.startswith("train: "))
+        assert str(tar) in message and "tried for data.retry_s=0.3" in message
+        step = int(newest(tmp_path).name.removeprefix("step_"))
+        assert 3 <= step == metrics(tmp_path)[-1]["step"] < STEPS
+        assert f"Step {step} of {STEPS} is saved in {tmp_path}" in message
+        assert re.search(r"waited for data [\d.]+% of the time", errors)
+    finally:
+        away.rename(tar)
 
     # What a kill during the next save leaves behind: some of the files, and metrics that the
     # checkpoint knows nothing of.
-    killed = tmp_path / "checkpoints" / "step_00000004"
+    killed = tmp_path / "checkpoints" / f"step_{step + 3:08d}"
     killed.mkdir()
     shutil.copy(next(newest(tmp_path).glob("*optim_states.pt")), killed)
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 2, "loss/v2a/total": 1}\n{"step": 3, "lo')
+        file.write(f'{{"step": {step + 1}, "loss/v2a/total": 1}}\n{{"step": {step + 2}, "lo')
+    (tmp_path / "stop").touch()
+    stopped = run(*arguments)
+    assert f"ignoring {killed}" in stopped.stderr
+    assert f"stopped at step {step + 1} of {STEPS}" in stopped.stderr
+    assert not (tmp_path / "stop").exists()
+    assert newest(tmp_path).name == f"step_{step + 1:08d}"
 
     resumed = run(*arguments)
-    assert f"ignoring {killed}" in resumed.stderr
     first = next(line for line in resumed.stderr.splitlines() if "continuing from" in line)
-    assert "step 1 of 6: epoch 0, sample 8 of 32; next clip0" in first
+    assert f"step {step + 1} of {STEPS}: epoch {(step + 1) // 4}, clip" in first
+    assert "next clip000" in first
     assert_same_training(tmp_path, straight)
 
 
@@ -138,6 +176,7 @@ def test_changed_model_is_refused_in_one_line_that_names_the_field(dataset, stra
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_in_one_line(dataset, tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     ended = train(*settings(dataset, tmp_path, "steps=1"), num_ranks=2)
@@ -152,7 +191,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_all_ranks_in_one_line(dataset,
     ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (3, "fp32"), (2, "bf16")]
 )
 def test_resume_is_bit_equal_in_other_layouts(dataset, tmp_path, stage, precision):
-    layout = (f"zero_stage={stage}", f"precision={precision}")
+    layout = (f"zero_stage={stage}", f"precision={precision}", "steps=6")
     for name in ("straight", "resumed"):
         arguments = settings(dataset, tmp_path / name, *layout)
         if name == "resumed":
@@ -167,9 +206,7 @@ def test_resume_is_bit_equal_in_other_layouts(dataset, tmp_path, stage, precisio
 def test_sigterm_to_the_process_group_leaves_a_complete_checkpoint(dataset, tmp_path):
     arguments = settings(dataset, tmp_path, "steps=100000", "checkpoint.every_steps=100000")
     with launched(*arguments, num_ranks=2) as process:
-        while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
-            assert process.poll() is None
-            time.sleep(0.5)
+        await_lines(process, tmp_path, 3)
         # To all processes, as Ctrl-C and Slurm do: `deepspeed` alone would die and pass nothing on.
         os.killpg(process.pid, signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
@@ -177,6 +214,25 @@ def test_sigterm_to_the_process_group_leaves_a_complete_checkpoint(dataset, tmp_
     assert "by SIGTERM" in errors
     step = int(newest(tmp_path).name.removeprefix("step_"))
     assert step == metrics(tmp_path)[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_another_global_batch_goes_on_at_the_same_sample(dataset, tmp_path):
+    run(*settings(dataset, tmp_path, "steps=3"))
+    changed = run(*settings(dataset, tmp_path, "steps=5", "global_batch=12", "micro_batch=3"))
+    assert "global_batch was 8, is now 12: the samples go on where they were" in changed.stderr
+    assert [line["samples"] for line in metrics(tmp_path)] == [8, 16, 24, 36, 48]
+
+
+@pytest.mark.slow
+def test_clips_that_lack_a_modality_are_trained_on_where_they_can_serve(tmp_path):
+    missing = {"failed_audio": dict.fromkeys(range(0, 40, 3), "no_audio")}
+    data = Dataset(tmp_path / "shards", **missing).build()
+    run(*settings(data, tmp_path / "run", "steps=12", "data.missing=mask", "tasks.a2v=0"))
+    lines = metrics(tmp_path / "run")
+    assert any(line.get("unserved/v2a", 0) > 0 for line in lines)
+    assert any("loss/t2av/audio" in line for line in lines)
+    assert not any("unserved/t2av" in line for line in lines)
 
 
 @pytest.mark.slow
