@@ -182,7 +182,7 @@ class Census:
     Args:
         folder: its folder.
         rows_per_shard: int64 [num_shards], from the plan.
-        num_text_shards: from the plan.
+        captions_per_shard: int64 [number of text shards], from the plan.
 
     Attributes:
         head: what it says of the data set as a whole.
@@ -194,8 +194,11 @@ class Census:
         FormatError: it is not whole, or not of this plan.
     """
 
-    def __init__(self, folder: Path, rows_per_shard: np.ndarray, num_text_shards: int) -> None:
+    def __init__(
+        self, folder: Path, rows_per_shard: np.ndarray, captions_per_shard: np.ndarray
+    ) -> None:
         self.folder = folder
+        self._num_captions = int(captions_per_shard.sum())
         try:
             self.head = HEAD_TYPE.validate_json((folder / HEAD_NAME).read_bytes())
         except (OSError, ValidationError) as error:
@@ -206,8 +209,9 @@ class Census:
         self.first_rows = np.concatenate([[0], np.cumsum(rows_per_shard)]).astype(np.int64)
         shape = (num_shards, len(self.head.classes))
         self.class_counts = self._table("class_counts", "<i4", shape)
+        num_shards_of = {"text": len(captions_per_shard)}
         self.index_crc32c = {
-            name: self._table(name, "<u4", (num_text_shards if name == "text" else num_shards,))
+            name: self._table(name, "<u4", (num_shards_of.get(name, num_shards),))
             for name in MODALITIES
         }
         self._key_ends = self._table("key_ends", "<i8", (num_shards,))
@@ -223,7 +227,10 @@ class Census:
     def text_rows(self, shard: int) -> np.ndarray:
         """Return the rows of the captions of a shard's clips, int64 [R]."""
         first, end = (8 * self.first_rows[shard : shard + 2]).tolist()
-        return np.frombuffer(self._read(self._text_rows, first, end), "<i8")
+        rows = np.frombuffer(self._read(self._text_rows, first, end), "<i8")
+        if rows.min() < 0 or rows.max() >= self._num_captions:
+            raise self._damaged(f"shard {shard}: a caption outside the {self._num_captions}")
+        return rows
 
     def keys(self, shard: int) -> list[str]:
         """Return the keys of a shard's clips."""
@@ -258,8 +265,9 @@ class Census:
         """Read a range; not by mapping, for a file cut short would then kill the process."""
         data = os.pread(file.fileno(), end - first, first)
         if len(data) != end - first:
-            raise self._damaged(f"{file.name} ends at byte {first + len(data)}, expected {end}")
+            raise self._damaged(f"{file.name} was cut short, expected at least {end} bytes")
         return data
 
     def _damaged(self, reason: str) -> FormatError:
+        reason = " ".join(reason.split())[:300]
         return FormatError(f"{self.folder} is not whole ({reason}); remove it, it is made anew")

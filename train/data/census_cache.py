@@ -52,7 +52,7 @@ def open_census(
 
     made_once(folder, build)
     os.utime(folder / HEAD_NAME)
-    return Census(folder, plan.shard_rows(), len(plan.shard_rows(text=True)))
+    return Census(folder, plan.shard_rows(), plan.shard_rows(text=True))
 
 
 def census_folder(
