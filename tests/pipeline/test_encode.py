@@ -24,6 +24,7 @@ from pipeline.mux import write_mp4
 from pipeline.plan_table import PlanTable
 from pipeline.request import parse
 from train.config import DataConfig
+from train.data.census import NOT_USABLE
 from train.data.view import open_view
 
 SETTINGS = ["shard_size=4", "video.size=64", "video.fps=16", "clip.seconds=2", "decoders=1"]
@@ -525,5 +526,9 @@ def test_new_clips_are_appended_and_nothing_moves(clips, dataset, tmp_path):
     assert len(after) == len(before) + 6  # a shard of video, of audio and of text
     again = encode(src, out)
     assert again.returncode == 0 and " 0 shards to encode" in again.stderr
-    view = open_view(out, DataConfig(root=str(out), seconds=1.0, missing="drop"))
-    assert "new" in view.clips.keys
+    config = DataConfig(root=str(out), seconds=1.0, missing="drop", cache_dir=str(tmp_path))
+    view = open_view(config)
+    (part,) = view.parts
+    last = len(part.counts) - 1
+    usable = part.buckets_of(last) != NOT_USABLE
+    assert dict(zip(part.shard_rows(last).keys, usable, strict=True))["new"]
