@@ -148,5 +148,5 @@ def test_going_on_walks_no_window_that_was_used_up():
 def test_shards_that_are_not_as_counted_are_an_error():
     part = uniform_shards(3, 4)
     part.counts = part.counts + 1
-    with pytest.raises(FormatError, match=r"shards \[0, 1, 2\] do not hold the \[15\] clips"):
+    with pytest.raises(FormatError, match=r"window 0 of 3 shards .* holds \[12\] clips .* \[15\]"):
         epoch(part, 4)

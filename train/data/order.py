@@ -121,17 +121,17 @@ class EpochOrder:
         rows = np.concatenate([self._rows_of(shard) for shard in shards])
         expected = self._before[window + 1] - self._before[window]
         usable = buckets < len(expected)
-        if len(buckets) != len(rows) or not np.array_equal(
-            np.bincount(buckets[usable], minlength=len(expected)), expected
-        ):
+        found = np.bincount(buckets[usable], minlength=len(expected))
+        if len(buckets) != len(rows) or not np.array_equal(found, expected):
             raise FormatError(
-                f"the table of usable clips is damaged: shards {sorted(shards)} do not hold the "
-                f"{expected.tolist()} clips per bucket that were counted; delete the table"
+                f"the census of usable clips is damaged: window {window} of {len(shards)} shards "
+                f"({shards[:5]} …) holds {found.tolist()} clips of each shape, expected "
+                f"{expected.tolist()} as counted; remove it from data.cache_dir, it is made anew"
             )
         mixed = permutation(int(usable.sum()), self._seed, "rows", self._epoch, window)
         rows, buckets = rows[usable][mixed], buckets[usable][mixed]
-        found = {int(bucket): np.flatnonzero(buckets == bucket) for bucket in expected.nonzero()[0]}
-        return {bucket: (places, rows[places]) for bucket, places in found.items()}
+        places = {int(bucket): np.flatnonzero(buckets == bucket) for bucket in found.nonzero()[0]}
+        return {bucket: (own, rows[own]) for bucket, own in places.items()}
 
     def _rows_of(self, shard: int) -> np.ndarray:
         first, end = self._part.first_rows[shard : shard + 2].tolist()
