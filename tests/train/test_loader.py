@@ -1,10 +1,13 @@
-"""Properties of the loader: one stream for all layouts, exact resume, named damage."""
+"""Properties of the loader: one stream for all layouts, exact resume, crops, shapes, waiting."""
 
 from __future__ import annotations
 
+import gc
 import itertools
+import logging
 import threading
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +17,25 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.format import FormatError
+from pipeline.settings import ConfigError
+from tests.train.batches import (
+    GLOBAL_BATCH,
+    clip_of,
+    global_batches,
+    keys_of,
+    loader_of,
+    rows_of,
+    view_of,
+)
 from tests.train.columns import AUDIO_RATE_HZ, VIDEO_RATE_HZ, Dataset
-from train.data.loader import LatentLoader
-from train.data.config import DataConfig
-from train.data.view import View, open_view
+from train.data.config import PartConfig
+from train.data.retry import LoaderClosed
+from train.data.view import View
 from train.errors import ResumeError
 from train.latents import LatentBatch
 
-GLOBAL_BATCH = 8
-LAYOUTS = [(1, 8), (1, 2), (2, 4), (2, 1), (4, 2), (4, 1), (8, 1)]  # ranks, micro-batch
+LAYOUTS = [(1, 8), (1, 2), (2, 4), (2, 1), (3, 2), (3, 1), (4, 2), (8, 1)]  # ranks, micro-batch
+LAYOUTS = [layout for layout in LAYOUTS if GLOBAL_BATCH % (layout[0] * layout[1]) == 0]
 
 
 @pytest.fixture(scope="module")
@@ -38,51 +50,6 @@ def view(dataset: Dataset) -> View:
     return view_of(dataset)
 
 
-def view_of(dataset: Dataset, **config: Any) -> View:
-    settings_ = {"seconds": 6.0, "window_shards": 2, "missing": "drop", "retry_s": 0.1, **config}
-    cache = dataset.root.with_name("cache")
-    return open_view(DataConfig(root=str(dataset.root), cache_dir=str(cache), **settings_), "all")
-
-
-def loader_of(view: View, **changes: Any) -> LatentLoader:
-    arguments = {"seed": 5, "global_batch": GLOBAL_BATCH, "micro_batch": GLOBAL_BATCH}
-    return LatentLoader(view, **{**arguments, **changes})
-
-
-def global_batches(
-    view: View, num_ranks: int, micro_batch: int, steps: int, state: dict | None = None
-) -> list[list[tuple]]:
-    """Return each global batch as sorted rows of (sample, key, bytes of all tensors)."""
-    found: list[list[tuple]] = [[] for _ in range(steps)]
-    for rank in range(num_ranks):
-        with loader_of(view, micro_batch=micro_batch, rank=rank, num_ranks=num_ranks) as loader:
-            if state:
-                loader.load_state_dict(state)
-            for step, _ in itertools.product(
-                range(steps), range(GLOBAL_BATCH // (num_ranks * micro_batch))
-            ):
-                found[step] += rows_of(next(loader))
-    return [sorted(rows) for rows in found]
-
-
-def rows_of(batch: LatentBatch) -> list[tuple]:
-    return [
-        (
-            int(batch.samples[place]),
-            batch.keys[place],
-            batch.video[place].numpy().tobytes(),
-            batch.audio[place].numpy().tobytes(),
-            float(batch.audio_start_s[place]),
-            batch.text[place][batch.text_mask[place]].numpy().tobytes(),
-        )
-        for place in range(len(batch.keys))
-    ]
-
-
-def clip_of(key: str) -> int:
-    return int(key.removeprefix("clip"))
-
-
 def start_of(crop: np.ndarray, whole: np.ndarray) -> int:
     """Return where a crop lies in a clip; fails unless there is one place."""
     places = [
@@ -94,25 +61,27 @@ def start_of(crop: np.ndarray, whole: np.ndarray) -> int:
     return places[0]
 
 
-@settings(deadline=None, max_examples=20)
+# -- the stream
+
+
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 43))
 def test_an_epoch_holds_every_clip_once_but_for_the_tail(
-    view: View, seed: int, global_batch: int
+    view: View, dataset: Dataset, seed: int, global_batch: int
 ) -> None:
-    with loader_of(view, seed=seed, global_batch=global_batch, micro_batch=global_batch) as loader:
+    with loader_of(view, seed=seed, global_batch=global_batch) as loader:
         (steps,) = loader.steps_per_epoch
         assert steps == 43 // global_batch
         for epoch in range(2):
             batches = list(itertools.islice(loader, steps))
             keys = [key for batch in batches for key in batch.keys]
             assert len(set(keys)) == len(keys) == 43 - 43 % global_batch
-            assert set(keys) <= {f"clip{clip:05d}" for clip in range(45)}
-            first = int(batches[0].samples[0])
-            assert first == epoch * steps * global_batch
+            assert {clip_of(key) for key in keys} <= set(range(45)) - {3, 17}
+            assert int(batches[0].samples[0]) == epoch * steps * global_batch
 
 
 def test_samples_count_the_stream(view: View) -> None:
-    batches = global_batches(view, 2, 2, steps=12)  # more than two epochs of 5
+    batches = global_batches(view, steps=12, num_ranks=2, micro_batch=2)  # over two epochs of 5
     samples = [row[0] for rows in batches for row in rows]
     assert samples == list(range(12 * GLOBAL_BATCH))
 
@@ -121,24 +90,66 @@ def test_samples_count_the_stream(view: View) -> None:
 def test_any_layout_gives_the_same_global_batches(
     view: View, num_ranks: int, micro_batch: int
 ) -> None:
-    expected = global_batches(view, 1, GLOBAL_BATCH, steps=7)
-    assert global_batches(view, num_ranks, micro_batch, steps=7) == expected
+    expected = global_batches(view, steps=7)
+    assert global_batches(view, 7, num_ranks, micro_batch) == expected
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+def test_three_ranks_give_the_global_batches_of_one(view: View) -> None:
+    expected = global_batches(view, 4, global_batch=12, micro_batch=12)
+    for num_ranks, micro_batch in ((3, 4), (3, 2), (6, 1)):
+        assert global_batches(view, 4, num_ranks, micro_batch, global_batch=12) == expected
+
+
+def test_checks_threads_and_reading_ahead_do_not_change_the_stream(
+    dataset: Dataset, view: View
+) -> None:
+    other = view_of(dataset, verify_crc="always", read_threads=5, prefetch_steps=7, text_cache_mb=1)
+    assert other.view_id == view.view_id
+    assert global_batches(other, steps=6) == global_batches(view, steps=6)
+
+
+def test_one_row_shards_are_read(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "shards", num_clips=9, shard_size=1, captions_per_shard=1).build()
+    view = view_of(dataset, window_shards=1)
+    with loader_of(view, global_batch=9, micro_batch=3) as loader:
+        keys = [key for batch in itertools.islice(loader, 3) for key in batch.keys]
+    assert sorted(keys) == [dataset.key(clip) for clip in range(9)]
+
+
+def test_fewer_clips_than_a_batch_are_repeated(
+    view: View, caplog: pytest.LogCaptureFixture
+) -> None:
+    with loader_of(view, global_batch=86) as loader:
+        counts = Counter(next(loader).keys)
+    assert len(counts) == 43
+    assert set(counts.values()) == {2}
+    assert "43 clips are of shapes that have fewer than the global batch of 86" in caplog.text
+
+
+@pytest.mark.parametrize(("global_batch", "micro_batch", "num_ranks"), [(8, 3, 1), (8, None, 3)])
+def test_batches_that_do_not_divide_are_refused(
+    view: View, global_batch: int, micro_batch: int | None, num_ranks: int
+) -> None:
+    with pytest.raises(ConfigError, match="not a multiple of"):
+        loader_of(view, global_batch=global_batch, micro_batch=micro_batch, num_ranks=num_ranks)
+
+
+# -- its state
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 11), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS))
 def test_resume_at_any_position_with_another_layout_continues_the_stream(
     view: View, position: int, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    expected = global_batches(view, 1, GLOBAL_BATCH, steps=14)
+    expected = global_batches(view, steps=14)
     num_ranks, micro_batch = before
     with loader_of(view, num_ranks=num_ranks, micro_batch=micro_batch) as loader:
         for _ in range(position * GLOBAL_BATCH // (num_ranks * micro_batch)):
             next(loader)
         state = loader.state_dict()
     assert state["samples_consumed"] == position * GLOBAL_BATCH
-    found = global_batches(view, *after, steps=14 - position, state=state)
-    assert found == expected[position:]
+    assert global_batches(view, 14 - position, *after, state=state) == expected[position:]
 
 
 def test_state_counts_whole_global_batches_and_not_what_was_read_ahead(view: View) -> None:
@@ -150,6 +161,14 @@ def test_state_counts_whole_global_batches_and_not_what_was_read_ahead(view: Vie
     assert consumed == [0, 8, 8, 16, 16]
 
 
+def test_state_saved_within_a_step_is_that_before_it(view: View) -> None:
+    with loader_of(view, micro_batch=2) as loader:
+        for _ in range(2 * 4 + 3):
+            next(loader)
+        state = loader.state_dict()
+    assert global_batches(view, 2, state=state) == global_batches(view, 4)[2:]
+
+
 def test_state_loaded_into_a_running_loader_moves_it(view: View) -> None:
     with loader_of(view) as loader:
         start = loader.state_dict()
@@ -159,24 +178,60 @@ def test_state_loaded_into_a_running_loader_moves_it(view: View) -> None:
         assert rows_of(next(loader)) == expected
 
 
-@pytest.mark.parametrize("name", ["view_id", "plan_id", "seed", "global_batch"])
+def test_another_global_batch_goes_on_at_the_same_sample(
+    view: View, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with loader_of(view) as loader:
+        before = [key for batch in itertools.islice(loader, 3) for key in batch.keys]
+        state = loader.state_dict()
+    with loader_of(view, global_batch=4) as loader:
+        loader.load_state_dict(state)
+        batches = list(itertools.islice(loader, 4))  # 24 + 16 of 43 clips
+    assert int(batches[0].samples[0]) == 24
+    keys = before + [key for batch in batches for key in batch.keys]
+    assert len(set(keys)) == len(keys) == 40
+    assert "the global batch was 8 and is 4 now" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["view_id", "plan_id", "seed"])
 def test_state_of_another_stream_is_refused_by_name(view: View, name: str) -> None:
     with loader_of(view) as loader, pytest.raises(ResumeError, match=name):
         loader.load_state_dict({**loader.state_dict(), name: "other"})
 
 
-@pytest.mark.parametrize("samples", [-8, 3, None, 8.0])
-def test_impossible_position_is_refused(view: View, samples: Any) -> None:
-    with loader_of(view) as loader, pytest.raises(ResumeError, match="samples_consumed"):
-        loader.load_state_dict({**loader.state_dict(), "samples_consumed": samples})
-
-
-def test_position_names_epoch_sample_and_next_keys(view: View) -> None:
+@pytest.mark.parametrize("samples", [-8, 3, None, 8.0, "8"])
+def test_state_that_contradicts_itself_is_refused(view: View, samples: Any) -> None:
     with loader_of(view) as loader:
-        loader.load_state_dict({**loader.state_dict(), "samples_consumed": 56})
+        next(loader)
+        state = loader.state_dict()
+        with pytest.raises(ResumeError, match="samples_consumed"):
+            loader.load_state_dict({**state, "samples_consumed": samples})
+
+
+@pytest.mark.parametrize("cursor", [None, {}, {"samples": 0, "steps": 0, "places": []}])
+def test_state_without_a_sound_cursor_is_refused(view: View, cursor: Any) -> None:
+    with loader_of(view) as loader, pytest.raises(ResumeError, match="cursor"):
+        loader.load_state_dict({**loader.state_dict(), "cursor": cursor})
+
+
+def test_position_names_epoch_clip_and_next_keys(
+    view: View, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with loader_of(view) as loader:
+        for _ in range(7):  # an epoch is 5 steps
+            next(loader)
+        state = loader.state_dict()
+    with loader_of(view) as loader:
+        loader.load_state_dict(state)
         position = loader.position()
-        assert position.startswith("epoch 1, sample 16 of 40; next ")
+        assert position.startswith("epoch 1, clip 16 of 43; next ")
         assert position.endswith(", ".join(next(loader).keys[:3]))
+    assert position in caplog.text
+
+
+# -- what a sample is
 
 
 def test_crops_are_the_same_span_in_both_modalities(dataset: Dataset, view: View) -> None:
@@ -203,8 +258,11 @@ def test_column_that_is_not_croppable_is_cut_at_its_start(tmp_path: Path) -> Non
         assert start_of(batch.audio[place].numpy(), dataset.audio(clip_of(key))) == 0
 
 
-def test_text_is_padded_with_zeros_to_a_multiple_of_four(dataset: Dataset, view: View) -> None:
-    with loader_of(view) as loader:
+@pytest.mark.parametrize("text_cache_mb", [1, 256])
+def test_text_is_padded_with_zeros_to_a_multiple_of_four(
+    dataset: Dataset, text_cache_mb: int
+) -> None:
+    with loader_of(view_of(dataset, text_cache_mb=text_cache_mb)) as loader:
         for batch in itertools.islice(loader, 5):
             captions = [dataset.text(dataset.text_row(clip_of(key))) for key in batch.keys]
             longest = max(map(len, captions))
@@ -217,10 +275,162 @@ def test_text_is_padded_with_zeros_to_a_multiple_of_four(dataset: Dataset, view:
                 np.testing.assert_array_equal(batch.text[place, : len(caption)].numpy(), caption)
 
 
+def test_shapes_change_from_step_to_step_and_every_clip_comes(tmp_path: Path) -> None:
+    wide = frozenset(range(0, 40, 3))
+    dataset = Dataset(tmp_path / "shards", wide=wide).build()
+    view = view_of(dataset, seconds=10.0)
+    with loader_of(view, global_batch=2) as loader:
+        batches = list(itertools.islice(loader, *loader.steps_per_epoch))
+    seen = [key for batch in batches for key in batch.keys]
+    assert sorted(map(clip_of, seen)) == list(range(40))
+    for batch in batches:
+        assert batch.video.shape[1:] == view.buckets[batch.bucket].video.shape
+        for place, key in enumerate(batch.keys):
+            np.testing.assert_array_equal(batch.video[place].numpy(), dataset.video(clip_of(key)))
+    assert {batch.bucket for batch in batches} == {0, 1}
+
+
+def test_clips_of_shapes_that_are_too_few_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataset = Dataset(tmp_path / "shards", wide=frozenset([1, 2])).build()
+    with loader_of(view_of(dataset)):
+        assert "2 clips are never trained on" in caplog.text
+
+
+def test_clip_without_a_modality_comes_as_zeros_and_says_so(tmp_path: Path) -> None:
+    dataset = Dataset(
+        tmp_path / "shards", failed_video={1: "no_video"}, failed_audio={5: "no_audio", 6: "silent"}
+    ).build()
+    with loader_of(view_of(dataset, missing="mask")) as loader:
+        batches = list(itertools.islice(loader, *loader.steps_per_epoch))
+    seen = set()
+    for batch in batches:
+        for place, key in enumerate(batch.keys):
+            clip = clip_of(key)
+            seen.add(clip)
+            assert bool(batch.has_video[place]) == (clip != 1)
+            assert bool(batch.has_audio[place]) == (clip not in (5, 6))
+            assert bool(torch.all(batch.video[place] == 0)) == (clip == 1)
+            assert bool(torch.all(batch.audio[place] == 0)) == (clip in (5, 6))
+    assert seen == set(range(40))
+
+
+def test_one_crop_of_a_clip_without_sound_may_start_anywhere(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "shards", num_clips=8, failed_audio={5: "no_audio"}).build()
+    starts = set()
+    with loader_of(view_of(dataset, missing="mask")) as loader:
+        for batch in itertools.islice(loader, 100):
+            place = batch.keys.index(dataset.key(5))
+            starts.add(start_of(batch.video[place].numpy(), dataset.video(5)))
+    assert starts == set(range(17))
+
+
+def test_several_data_sets_come_by_weight_and_go_on_exactly(tmp_path: Path) -> None:
+    datasets = [
+        Dataset(tmp_path / name / "shards", num_clips=20, seed=seed).build()
+        for seed, name in enumerate(("a", "b"))
+    ]
+    mix = tuple(
+        PartConfig(root=str(dataset.root), weight=weight)
+        for dataset, weight in zip(datasets, (3.0, 1.0), strict=True)
+    )
+    view = view_of(datasets[0], mix=mix)
+    expected = global_batches(view, steps=16)
+    for rows in expected:
+        assert len({len(row[1]) for row in rows}) == 1  # one data set in a step
+    share = sum(len(key) > len(datasets[0].key(0)) for key in keys_of(expected)) / (16 * 8)
+    assert 0.05 < share < 0.6
+    with loader_of(view) as loader:
+        for _ in range(6):
+            next(loader)
+        state = loader.state_dict()
+    assert global_batches(view, 10, 2, 2, state=state) == expected[6:]
+
+
+# -- moments
+
+
+def expected_std(moments: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    mean, log_variance = np.split(moments.astype(np.float32), 2, axis)
+    return mean, np.exp(0.5 * log_variance)
+
+
+def test_moments_are_drawn_from_anew_each_time_and_again_after_a_resume(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "shards", num_clips=8, moments=frozenset({"video"})).build()
+    view = view_of(dataset, seconds=10.0)
+    draws = []
+    with loader_of(view) as loader:
+        for batch in itertools.islice(loader, 200):
+            assert batch.video.shape == (8, 40, 2, 3, 3) and batch.video.dtype == torch.float16
+            draws.append(batch.video[batch.keys.index(dataset.key(2))].numpy().astype(np.float32))
+    mean, std = expected_std(dataset.video(2), axis=1)
+    standard = (np.array(draws) - mean) / std
+    assert abs(float(standard.mean())) < 4 / standard.size**0.5 + 1e-3
+    assert float(standard.std()) == pytest.approx(1, abs=0.01)
+    assert len({draw.tobytes() for draw in draws}) == 200
+
+    expected = global_batches(view, steps=4)
+    assert global_batches(view, 4, 2, 2) == expected
+    with loader_of(view) as loader:
+        next(loader)
+        state = loader.state_dict()
+    assert global_batches(view, 3, 4, 1, state=state) == expected[1:]
+
+
+def test_moments_of_a_missing_modality_stay_zeros(tmp_path: Path) -> None:
+    dataset = Dataset(
+        tmp_path / "shards", num_clips=8, moments=frozenset({"audio"}), failed_audio={3: "silent"}
+    ).build()
+    with loader_of(view_of(dataset, missing="mask")) as loader:
+        batch = next(loader)
+    assert batch.audio.shape == (8, 150, 4, 2)
+    is_zero = [bool(torch.all(audio == 0)) for audio in batch.audio]
+    assert is_zero == [key == dataset.key(3) for key in batch.keys]
+
+
+# -- waiting and ending
+
+
+def test_wait_step_waits_for_all_of_a_step_and_changes_nothing(
+    view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = global_batches(view, 3)
+    with loader_of(view, micro_batch=2) as loader:
+        found = []
+        for _ in range(3):
+            loader.wait_step()
+            loader.wait_step()
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Event, "wait", refuse_unset(threading.Event.wait))
+                found.append(sorted(itertools.chain(*(rows_of(next(loader)) for _ in range(4)))))
+    assert found == expected
+
+
+def refuse_unset(wait: Any) -> Any:
+    """Return an ``Event.wait`` that fails in the main thread where it would have to wait."""
+
+    def checked(event: threading.Event, timeout: float | None = None) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            assert event.is_set()
+        return wait(event, timeout)
+
+    return checked
+
+
 def test_batches_kept_by_the_caller_are_not_overwritten(view: View) -> None:
     with loader_of(view) as loader:
         kept = list(itertools.islice(loader, 12))
-    assert [rows_of(batch) for batch in kept] == global_batches(view, 1, GLOBAL_BATCH, steps=12)
+    assert [rows_of(batch) for batch in kept] == global_batches(view, steps=12)
+
+
+def test_tensors_outlive_their_batch(view: View) -> None:
+    with loader_of(view) as loader:
+        videos = [batch.video[3:5] for batch in itertools.islice(loader, 12)]
+        kept = [video.clone() for video in videos]
+        for _ in range(12):
+            next(loader)
+    assert all(torch.equal(*pair) for pair in zip(videos, kept, strict=True))
 
 
 def test_memory_of_batches_let_go_is_used_again(view: View) -> None:
@@ -232,81 +442,60 @@ def test_memory_of_batches_let_go_is_used_again(view: View) -> None:
     assert len(places) <= view.config.prefetch_steps + 2
 
 
-def test_checks_and_threads_do_not_change_the_stream(dataset: Dataset, view: View) -> None:
-    other = view_of(dataset, verify_crc=False, read_threads=5, prefetch_steps=7)
-    found = global_batches(other, 1, GLOBAL_BATCH, steps=6)
-    assert found == global_batches(view, 1, GLOBAL_BATCH, steps=6)
+def test_reading_goes_no_further_ahead_than_asked(view: View) -> None:
+    """A data set smaller than two windows must not make the walk endless."""
+    with loader_of(view) as loader:
+        next(loader)
+        assert loader._shards is not None
+        waiting = [len(loader._shards._batches) for _ in range(3)]
+    assert max(waiting) * GLOBAL_BATCH <= 2 * 2 * 8 + GLOBAL_BATCH
 
 
-def test_one_row_shards_are_read(tmp_path: Path) -> None:
-    dataset = Dataset(tmp_path / "shards", num_clips=9, shard_size=1, captions_per_shard=1).build()
-    with loader_of(view_of(dataset, window_shards=1), global_batch=9, micro_batch=3) as loader:
-        keys = [key for batch in itertools.islice(loader, 3) for key in batch.keys]
-    assert sorted(keys) == [dataset.key(clip) for clip in range(9)]
+def open_tars() -> int:
+    links = (path for path in Path("/proc/self/fd").iterdir() if path.exists())
+    return sum(path.resolve().suffix == ".tar" for path in links)
 
 
 def test_close_ends_threads_and_closes_tars(view: View) -> None:
-    def open_tars() -> int:
-        links = (path for path in Path("/proc/self/fd").iterdir() if path.exists())
-        return sum(path.resolve().suffix == ".tar" for path in links)
-
+    gc.collect()
     before = threading.active_count(), open_tars()
     with loader_of(view) as loader:
         next(loader)
         assert open_tars() > before[1]
+        batch = next(loader)
+    del loader
     assert (threading.active_count(), open_tars()) == before
+    assert len(batch.keys) == 8
+    with loader_of(view) as loader:
+        loader.close()
+        loader.close()
+        with pytest.raises(LoaderClosed, match="closed"):
+            next(loader)
 
 
-def test_fewer_clips_than_a_batch_are_repeated(view: View) -> None:
-    with loader_of(view, global_batch=86, micro_batch=86) as loader:
-        counts = Counter(next(loader).keys)
-    assert len(counts) == 43
-    assert set(counts.values()) == {2}
+def test_tars_of_windows_behind_are_closed(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "shards", num_clips=96, shard_size=4).build()  # 24 shards
+    gc.collect()
+    before = open_tars()
+    with loader_of(view_of(dataset), global_batch=4) as loader:
+        for _ in range(3 * 24):
+            next(loader)
+            # Two windows of 2 shards, of video and audio; captions; one more shard in passing.
+            assert open_tars() - before <= 2 * 2 * 2 + 3 + 4
 
 
-# Damage that happened after the view was opened, or that its checks of sizes can't see.
+def test_more_shards_than_may_be_open_are_refused(
+    view: View, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda _: (64, 64))
+    with pytest.raises(ConfigError, match=r"open files.*lower data.window_shards"):
+        loader_of(view)
 
 
-def damage(dataset: Dataset, clip: int, modality: str, is_cut: bool) -> Path:
-    """Flip one bit of a clip's payload, or cut the tar inside it."""
-    view = view_of(dataset)
-    place = view.clips.keys.index(dataset.key(clip))
-    path = view.opened[modality].tar_path(clip // dataset.shard_size)
-    data = bytearray(path.read_bytes())
-    middle = int(view.index[modality][place]["offset"]) + 100
-    data[middle] ^= 16
-    path.write_bytes(data[:middle] if is_cut else data)
-    return path
-
-
-@pytest.mark.parametrize("modality", ["video", "audio"])
-def test_flipped_bit_is_found_and_named_at_every_call(tmp_path: Path, modality: str) -> None:
-    dataset = Dataset(tmp_path / "shards", num_clips=8).build()
-    path = damage(dataset, 5, modality, is_cut=False)
-    pattern = rf"{path} row 5 \(clip00005\): crc32c is [0-9a-f]{{8}}, expected [0-9a-f]{{8}}"
-    with loader_of(view_of(dataset), micro_batch=8) as loader:
-        for _ in range(2):
-            with pytest.raises(FormatError, match=pattern):
-                next(loader)
-        assert loader.state_dict()["samples_consumed"] == 0
-
-
-@pytest.mark.parametrize("verify_crc", [True, False])
-def test_tar_cut_short_while_training_is_named(tmp_path: Path, verify_crc: bool) -> None:
-    dataset = Dataset(tmp_path / "shards", num_clips=8).build()
-    view = view_of(dataset, verify_crc=verify_crc, seconds=10.0)
-    path = damage(dataset, 7, "video", is_cut=True)
-    with loader_of(view) as loader, pytest.raises(FormatError, match=f"{path} ends at byte"):
-        next(loader)
-
-
-def test_flipped_bit_in_a_caption_is_found(tmp_path: Path) -> None:
-    dataset = Dataset(tmp_path / "shards", num_clips=8).build()
-    view = view_of(dataset)
-    column = view.opened["text"]
-    path, record = column.tar_path(1), column.index(1, 3)[0]
-    data = bytearray(path.read_bytes())
-    data[int(record["offset"])] ^= 1
-    path.write_bytes(data)
-    with loader_of(view) as loader, pytest.raises(FormatError, match=r"row 0 .caption 3"):
-        next(loader)
+def test_loader_needs_no_more_than_the_view(dataset: Dataset, view: View) -> None:
+    """A view is a value: the same one serves several loaders at once."""
+    other = replace(view, config=replace(view.config, prefetch_steps=1))
+    with loader_of(view) as one, loader_of(other) as two:
+        for _ in range(6):
+            first: LatentBatch = next(one)
+            assert rows_of(first) == rows_of(next(two))

@@ -252,9 +252,16 @@ class LatentLoader:
 
     def _look_ahead(self) -> Lookahead[OpenShard]:
         is_remote = not all(is_local(part.root) for part in self._view.parts)
-        num_threads = FETCHES if is_remote else 1
+        rows_ahead = self._num_ahead * max(
+            int(part.counts.sum(axis=1).max()) for part in self._view.parts
+        )
         return Lookahead(
-            self._stream, self._cursor, self._opener.open, self._num_ahead, num_threads
+            self._stream,
+            self._cursor,
+            self._opener.open,
+            num_ahead=self._num_ahead,
+            rows_ahead=rows_ahead,
+            num_threads=FETCHES if is_remote else 1,
         )
 
     def _submit(self, shards: Lookahead[OpenShard]) -> None:

@@ -44,6 +44,7 @@ class Lookahead(Generic[Ready]):
         prepare: gets a shard ready; called in a thread.
         num_ahead: shards of one data set that are ready or on their way, at most; those of a batch
             that was asked for are always.
+        rows_ahead: rows of batches that wait to be asked for, at most, but for the last.
         num_threads: shards being got ready at once.
     """
 
@@ -53,11 +54,14 @@ class Lookahead(Generic[Ready]):
         start: Cursor,
         prepare: Callable[[ShardPlace], Ready],
         num_ahead: int,
+        rows_ahead: int,
         num_threads: int,
     ) -> None:
-        self._stream, self._prepare, self._num_ahead = stream, prepare, num_ahead
+        self._stream, self._prepare = stream, prepare
+        self._num_ahead, self._rows_ahead = num_ahead, rows_ahead
         self._entries: dict[tuple[int, int], _Entry[Ready]] = {}
         self._batches: deque[GlobalBatch] = deque()
+        self._is_full = False
         self._error: BaseException | None = None  # of the stream itself
         self._is_asked = self._is_closed = False
         self._changed = threading.Condition()
@@ -82,7 +86,12 @@ class Lookahead(Generic[Ready]):
                 raise LoaderClosed("the loader was closed")
             if not self._batches and self._error:
                 raise self._error
-            return self._batches.popleft()
+            batch = self._batches.popleft()
+            # Half of them at a time, so that the threads change places rarely.
+            if self._is_full and 2 * len(self._batches) * len(batch.rows) <= self._rows_ahead:
+                self._is_full = False
+                self._changed.notify_all()
+            return batch
 
     def get(self, part: int, shard: int) -> Ready:
         """Return a shard of a batch that was given; waits until it is ready.
@@ -137,6 +146,8 @@ class Lookahead(Generic[Ready]):
                     self._batches.append(batch)
                     if self._is_asked:
                         self._changed.notify_all()
+                    self._is_full = len(self._batches) * len(batch.rows) >= self._rows_ahead
+                    self._changed.wait_for(lambda: not self._is_full or self._is_closed)
         except BaseException as error:  # raised again where a batch is asked for
             with self._changed:
                 self._error = error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,9 +26,11 @@ class Draft:
     Args:
         batch: the global batch.
         first: place in it of the first sample.
-        latents: by modality, uninitialised float16 [B, …], as latents are stored.
+        size: B.
+        allocate: gives by modality uninitialised float16 [B, …], as latents are stored.
 
     Attributes:
+        latents: by modality, what ``allocate`` gave.
         rows_of: by modality, the B rows of ``latents`` as bytes.
         latent_bytes: by modality, bytes of one latent.
         has: by modality, bool [B].
@@ -35,26 +39,45 @@ class Draft:
         captions: B captions, float16 [S, D] each.
     """
 
-    def __init__(self, batch: GlobalBatch, first: int, latents: dict[str, torch.Tensor]) -> None:
-        self.batch, self.first, self.latents = batch, first, latents
-        self.size = size = len(latents["video"])
+    latents: dict[str, torch.Tensor]
+
+    def __init__(
+        self,
+        batch: GlobalBatch,
+        first: int,
+        size: int,
+        allocate: Callable[[], dict[str, torch.Tensor]],
+    ) -> None:
+        self.batch, self.first, self.size = batch, first, size
         self.rows_of: dict[str, list[np.ndarray]] = {}
         self.latent_bytes: dict[str, int] = {}
-        for name, tensor in latents.items():
-            rows = tensor.numpy().reshape(size, -1).view(np.uint8)
-            self.rows_of[name] = list(rows)
-            self.latent_bytes[name] = rows.shape[1] // tensor.shape[1]
-        self.has = {name: np.ones(size, np.bool_) for name in latents}
+        self.has = {name: np.ones(size, np.bool_) for name in CLIP_MODALITIES}
         self.audio_start_s = np.zeros(size, np.float32)
         self.keys = [""] * size
         self.captions: list[np.ndarray] = [np.empty((0, 0), np.float16)] * size
+        self._allocate = allocate
         self._error: BaseException | None = None
-        self._num_left, self._counting = size, threading.Lock()
+        self._num_left, self._lock = size, threading.Lock()
         self._is_read = threading.Event()
+
+    def open(self) -> None:
+        """Get the memory, unless another thread has.
+
+        Not before reading begins: until then, the caller may let go of a batch, whose memory is
+        used again while the CPU's cache still holds it.
+        """
+        with self._lock:
+            if self.rows_of:
+                return
+            self.latents = self._allocate()
+            for name, tensor in self.latents.items():
+                rows = tensor.numpy().reshape(self.size, -1).view(np.uint8)
+                self.latent_bytes[name] = rows.shape[1] // tensor.shape[1]
+                self.rows_of[name] = list(rows)
 
     def note_read(self, num_samples: int, error: BaseException | None) -> None:
         """Note that some samples are filled, or why they are not."""
-        with self._counting:
+        with self._lock:
             self._num_left -= num_samples
             self._error = self._error or error
             if not self._num_left:
@@ -89,10 +112,7 @@ class Drafting:
 
     def begin(self, batch: GlobalBatch, first: int, size: int) -> Draft:
         """Return a micro-batch to be filled: the samples [first, first + size) of a global one."""
-        bucket = self._view.buckets[batch.bucket]
-        shapes = {spec.modality: self._stored_shape(spec) for spec in (bucket.video, bucket.audio)}
-        latents = {name: self._memory.take((size, *shape)) for name, shape in shapes.items()}
-        return Draft(batch, first, latents)
+        return Draft(batch, first, size, partial(self._allocate, batch.bucket, size))
 
     def finish(self, draft: Draft) -> LatentBatch:
         """Return a draft that was filled as a batch on the device."""
@@ -116,6 +136,11 @@ class Drafting:
         if any(self._is_moments.values()):
             batch = self._sampled(batch)
         return batch
+
+    def _allocate(self, bucket: int, size: int) -> dict[str, torch.Tensor]:
+        specs = (self._view.buckets[bucket].video, self._view.buckets[bucket].audio)
+        take = self._memory.take
+        return {spec.modality: take((size, *self._stored_shape(spec))) for spec in specs}
 
     def _stored_shape(self, spec: LatentSpec) -> tuple[int, ...]:
         """Return the shape of a crop in the tar: moments have twice the channels."""

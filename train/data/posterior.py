@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pipeline.format import LOG_VARIANCE_RANGE
 from train.rng import generator
-
-# As diffusers' DiagonalGaussianDistribution.
-LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE = -30.0, 20.0
 
 
 def sample_posterior(
@@ -37,5 +35,5 @@ def sample_posterior(
             for sample in samples.tolist()
         ]
     )
-    std = torch.exp(0.5 * log_variance.clamp(LEAST_LOG_VARIANCE, MOST_LOG_VARIANCE))
+    std = torch.exp(0.5 * log_variance.clamp(*LOG_VARIANCE_RANGE))
     return (mean + std * noise).half()

@@ -52,6 +52,7 @@ class RowReader:
         """Fill the samples [begin, end) of a draft; its ``wait`` raises what is raised here."""
         error = None
         try:
+            draft.open()
             batch = draft.batch
             rows = batch.rows[draft.first + begin : draft.first + end]
             first_rows = self._view.parts[batch.part].first_rows
