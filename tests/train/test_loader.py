@@ -463,7 +463,6 @@ def test_close_ends_threads_and_closes_tars(view: View) -> None:
         next(loader)
         assert open_tars() > before[1]
         batch = next(loader)
-    del loader
     assert (threading.active_count(), open_tars()) == before
     assert len(batch.keys) == 8
     with loader_of(view) as loader:

@@ -86,6 +86,10 @@ class Captions:
         self._cache.put((self._number, row), caption)
         return caption
 
+    def close(self) -> None:
+        """Close the tars."""
+        self._tar.cache_clear()
+
     def _facts(self, place: CaptionRecord) -> TarFacts:
         mending = repair(self._column, place.shard)
         return TarFacts(self._column.path / place.tar, place.tar_bytes, place.tar_crc32c, mending)

@@ -119,6 +119,7 @@ class LatentLoader:
         self._closing.set()
         self._forget()
         self._workers.close()
+        self._reader.close()
 
     def __iter__(self) -> Iterator[LatentBatch]:
         return self

@@ -48,6 +48,11 @@ class RowReader:
         self._noting = threading.Lock()
         self.num_substituted = 0
 
+    def close(self) -> None:
+        """Close the tars of captions."""
+        for captions in self._captions:
+            captions.close()
+
     def fill(self, draft: Draft, begin: int, end: int, shards: Lookahead[OpenShard]) -> None:
         """Fill the samples [begin, end) of a draft; its ``wait`` raises what is raised here."""
         error = None
