@@ -44,7 +44,8 @@ def tar_of(dataset: Dataset, shard: int, retry_s: float = 0.0) -> PatientTar:
 def payloads_of(dataset: Dataset, shard: int, seen: Seen | None = None) -> ShardPayloads:
     keys = [dataset.key(clip) for clip in dataset.shard_clips(shard)]
     index = column_of(dataset).index(shard, len(keys))
-    return ShardPayloads(tar_of(dataset, shard), index, keys, seen, shard * dataset.shard_size)
+    first_row = shard * dataset.shard_size
+    return ShardPayloads(tar_of(dataset, shard), index, keys, "video", seen, first_row)
 
 
 def read(payloads: ShardPayloads, row: int, first: int, num_latents: int) -> np.ndarray:
@@ -75,7 +76,7 @@ def test_any_span_is_that_of_the_clip(whole: Dataset, row: int, data: st.DataObj
 
 def test_single_row_is_read_with_its_shape(whole: Dataset) -> None:
     column = column_of(whole)
-    record = column.index(0, 8)[3]
+    record = column.index(0, 8)[3].copy()
     tar = column.committed(0)["tar"]
     found = read_row(column.path, tar, record, whole.key(3))
     assert found.dtype == np.float16
@@ -153,12 +154,10 @@ def test_tar_of_another_shard_is_told_from_a_damaged_one(dataset: Dataset) -> No
     column = column_of(dataset)
     path, other = column.tar_path(0), column.tar_path(1)
     path.write_bytes(other.read_bytes())
-    with pytest.raises(
-        FormatError, match=r"begins with 'clip00008\.video\.npy', expected clip"
-    ) as e:
+    with pytest.raises(FormatError, match=r"begins with 'clip00008\.video\.npy', expected") as e:
         read(payloads_of(dataset, 0), 3, 0, 40)
     assert not isinstance(e.value, DamagedPayload)
-    assert "expected clip clip00000: it is the tar of another shard" in str(e.value)
+    assert "expected 'clip00000.video.npy': it is the tar of another shard" in str(e.value)
 
 
 def test_tar_whose_first_header_is_gone_counts_as_damaged(dataset: Dataset) -> None:

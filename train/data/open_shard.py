@@ -110,8 +110,14 @@ class ShardOpener:
             repair=repair(column, rows.shard),
         )
         tar = PatientTar(facts, self._files.open, self._patience)
-        first_row = int(part.first_rows[rows.shard])
-        return ShardPayloads(tar, rows.index[name], rows.keys, self._seen[number][name], first_row)
+        return ShardPayloads(
+            tar,
+            index=rows.index[name],
+            keys=rows.keys,
+            modality=name,
+            seen=self._seen[number][name],
+            first_row=int(part.first_rows[rows.shard]),
+        )
 
     def _check_room(self, number: int, rows: ShardRows) -> None:
         """Check that the cache holds two windows of every remote data set.

@@ -60,6 +60,7 @@ class ShardPayloads:
         tar: the shard's.
         index: ``INDEX_DTYPE`` [R].
         keys: of the R rows.
+        modality: of the column.
         seen: rows of the data set that were checked; None: all are checked whenever they are read.
         first_row: number of the shard's first row, in ``seen``.
     """
@@ -69,10 +70,11 @@ class ShardPayloads:
         tar: PatientTar,
         index: np.ndarray,
         keys: Sequence[str],
+        modality: str,
         seen: Seen | None,
         first_row: int,
     ) -> None:
-        self.tar, self._index, self._keys = tar, index, keys
+        self.tar, self._index, self._keys, self._modality = tar, index, keys, modality
         self._seen, self._first_row = seen, first_row
         # Views: to pick a number from one takes a tenth of the time that a record takes.
         self._offset, self._nbytes = index["offset"], index["nbytes"]
@@ -125,12 +127,13 @@ class ShardPayloads:
         Raises:
             FormatError: the tar begins with another clip.
         """
-        expected = self._keys[int(np.argmax(self._index["status"] == OK))]
-        found, facts = first_member(self.tar), self.tar.facts
-        if found is not None and found.partition(".")[0] != expected:
+        first_key = self._keys[int(np.argmax(self._index["status"] == OK))]
+        expected, found = f"{first_key}.{self._modality}.npy", first_member(self.tar)
+        if found not in (None, expected):
+            facts = self.tar.facts
             raise FormatError(
-                f"{facts.path} begins with {found!r:.120}, expected clip {expected}: it is the tar "
-                f"of another shard; put the right one back, or {facts.repair}"
+                f"{facts.path} begins with {found!r:.120}, expected {expected!r}: it is the tar of "
+                f"another shard or column; put the right one back, or {facts.repair}"
             )
 
 

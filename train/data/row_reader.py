@@ -68,8 +68,7 @@ class RowReader:
                 try:
                     self._read(draft, place, row, shards.get(batch.part, shard))
                 except DamagedPayload as damage:
-                    self._note(damage)
-                    self._substitute(draft, place, shards)
+                    self._substitute(draft, place, shards, damage)
         except BaseException as raised:
             error = raised
         draft.note_read(end - begin, error)
@@ -99,25 +98,32 @@ class RowReader:
             audio_first / self._audio.rate_hz - video_first / self._video.rate_hz
         )
 
-    def _substitute(self, draft: Draft, place: int, shards: Lookahead[OpenShard]) -> None:
+    def _substitute(
+        self, draft: Draft, place: int, shards: Lookahead[OpenShard], damage: DamagedPayload
+    ) -> None:
         """Fill a sample with the next sound row of the global batch, from its start after its end.
 
         Raises:
-            FormatError: there is none.
+            FormatError: there is none, or there is too much damage.
         """
         batch, number = draft.batch, draft.first + place
         first_rows = self._view.parts[batch.part].first_rows
+        self._note(damage)
         for row in np.roll(batch.rows, -number)[1:].tolist():
             shard = int(np.searchsorted(first_rows, row, side="right")) - 1
             try:
                 self._read(draft, place, row, shards.get(batch.part, shard))
-            except DamagedPayload as damage:
+            except DamagedPayload as another:
+                damage = another
                 self._note(damage)
                 continue
             with self._noting:
                 self.num_substituted += 1
             return
-        raise FormatError(f"all {len(batch.rows)} clips of a batch are damaged; {self._mending()}")
+        raise FormatError(
+            f"all {len(batch.rows)} clips of a batch are damaged; the last: {damage}. "
+            f"{self._mending()}"
+        )
 
     def _note(self, damage: DamagedPayload) -> None:
         """Log a damaged payload once.
