@@ -72,7 +72,7 @@ class DataConfig:
     seconds: float = Field(default=8.0, gt=0)
     missing: Missing = "error"
     heldout_share: float = Field(default=0.02, ge=0, lt=1)
-    window_shards: int = Field(default=16, ge=1)
+    window_shards: int = Field(default=32, ge=1)
     tail: Literal["drop", "wrap"] = "drop"
     verify_crc: Literal["first", "always"] = "first"
     max_damaged: int = Field(default=16, ge=0)
