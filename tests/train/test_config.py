@@ -84,7 +84,7 @@ def test_accumulation_must_be_whole():
 
 def test_help_explains_every_setting():
     lines = settings.describe(TrainConfig()).splitlines()
-    assert "  optim.lr=0.0001" in lines and "  data.window_shards=16" in lines
+    assert "  optim.lr=0.0001" in lines and "  data.window_shards=32" in lines
     for line, below in pairwise([*lines, ""]):
         if re.match(r"  \w", line):
             assert below.startswith(" " * 6), f"{line} says nothing"
