@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.data_root import open_root
 from pipeline.files import write_json
 from pipeline.format import FormatError
 from tests.train.columns import AUDIO_RATE_HZ, VIDEO_RATE_HZ, Dataset
@@ -134,6 +135,14 @@ def test_sampling_again_leaves_media_of_the_new_gallery_and_of_others_only(call,
     again = call("t2av", "--num", "2", "--seed", "5")
     assert files(out) == {*sample.media_of(again), "media/mine.mp4"}
     assert (tmp_path / "elsewhere.mp4").exists()
+
+
+def test_sampling_from_a_url_is_sampling_from_the_folder(call, films, tmp_path):
+    remote = open_root(f"memory://{tmp_path.name}/shards")
+    for path in films.root.rglob("*"):
+        if path.is_file():
+            (remote / str(path.relative_to(films.root))).write_bytes(path.read_bytes())
+    assert call("v2a", "--data", str(remote)) == call("v2a")
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"clips": 3}', '{"clips": [{"source": 1}]}'])

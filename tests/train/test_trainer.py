@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.pipeline.servers import s3_bucket
 from tests.train.columns import Dataset
 from tests.train.launch import launched, metrics, train
 from train.checkpoint import latest_complete, load_model_for_sampling
@@ -214,6 +215,17 @@ def test_sigterm_to_the_process_group_leaves_a_complete_checkpoint(dataset, tmp_
     assert "by SIGTERM" in errors
     step = int(newest(tmp_path).name.removeprefix("step_"))
     assert step == metrics(tmp_path)[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_training_from_an_object_store_is_bit_equal_to_training_from_a_folder(
+    dataset, straight, tmp_path
+):
+    with s3_bucket(tmp_path, "data") as files:
+        files.put(str(dataset.root), "data/shards", recursive=True)
+        remote = ("data.root=s3://data/shards", f"data.cache_dir={tmp_path / 'cache'}")
+        run(*settings(dataset, tmp_path / "run", *remote))
+    assert_same_training(tmp_path / "run", straight)
 
 
 @pytest.mark.slow
