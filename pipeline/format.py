@@ -16,7 +16,6 @@ it without Ray, torch or a video decoder.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.files import scan, write_json
+from pipeline.npy import parse_table
 
 FORMAT_VERSION = 1
 MODALITIES = ("video", "audio", "text")
@@ -40,22 +40,16 @@ STATUSES = (
 )  # fmt: skip
 OK = 0
 STATUS_CODE = {name: code for code, name in enumerate(STATUSES)}
-
 # Stored log-variances count as lying in here, as in diffusers' DiagonalGaussianDistribution.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 # One record per row. `offset` and `nbytes` delimit the array's own bytes inside the tar (behind
 # the tar header and the .npy header), so that one preadv fills a tensor. `shape` is padded with
 # zeros on the right; `crc32c` covers those bytes; a tombstone has nbytes 0 and its status.
-INDEX_DTYPE = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("nbytes", "<u8"),
-        ("shape", "<u4", (4,)),
-        ("crc32c", "<u4"),
-        ("status", "<u4"),
-    ]
-)
+INDEX_DTYPE = np.dtype([
+    ("offset", "<u8"), ("nbytes", "<u8"), ("shape", "<u4", (4,)), ("crc32c", "<u4"),
+    ("status", "<u4"),
+])  # fmt: skip
 
 
 class FormatError(Exception):
@@ -266,8 +260,16 @@ class Column:
         record = self.committed(shard)
         path = self.path / record["index"]
         try:
-            index = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
+            data = path.read_bytes()
+        except OSError as error:
+            raise FormatError(f"{path} can't be read ({error}); encode the shard again") from None
+        return self.parse_index(path, data, num_rows, record["tar_bytes"])
+
+    def parse_index(self, path: Path, data: bytes, num_rows: int, tar_bytes: int) -> np.ndarray:
+        """Return the records in the bytes of an index; ``path`` is for messages, see ``index``."""
+        try:
+            index = parse_table(data, INDEX_DTYPE, num_rows)
+        except (EOFError, ValueError) as error:
             raise FormatError(f"{path} can't be read ({error}); encode the shard again") from None
         if index.dtype != INDEX_DTYPE or index.shape != (num_rows,):
             raise FormatError(
@@ -276,8 +278,8 @@ class Column:
             )
         # Compared without adding, and sizes as floats (exact up to 2^53 bytes), so that hostile
         # values cannot wrap around 2^64.
-        tar_bytes = np.uint64(record["tar_bytes"])
-        inside = (index["nbytes"] <= tar_bytes) & (index["offset"] <= tar_bytes - index["nbytes"])
+        end = np.uint64(tar_bytes)
+        inside = (index["nbytes"] <= end) & (index["offset"] <= end - index["nbytes"])
         shapes = index["shape"].astype(np.float64)
         sizes = np.where(shapes > 0, shapes, 1).prod(axis=1) * np.dtype(self.spec.dtype).itemsize
         sound = inside & (index["status"] < len(STATUSES))

@@ -214,17 +214,18 @@ def read_index(column: fmt.Column, shard: int, record: CommitRecord) -> np.ndarr
     """
     path = column.path / record.index
     try:
-        found = google_crc32c.value(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise fmt.FormatError(
             f"{path} is missing though committed; {repair(column, shard)}"
         ) from None
+    found = google_crc32c.value(data)
     if found != record.index_crc32c:
         raise fmt.FormatError(
             f"{path}: crc32c is {found:08x}, expected {record.index_crc32c:08x}; "
             f"{repair(column, shard)}"
         )
-    index = column.index(shard, record.rows)
+    index = column.parse_index(path, data, record.rows, record.tar_bytes)
     counts = fmt.status_counts(index["status"])
     if counts != {name: count for name, count in record.status_counts.items() if count}:
         raise fmt.FormatError(
