@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=400)
     parser.add_argument("--shard-size", type=int, default=500, help="rows of a shard")
     parser.add_argument("--global-batch", type=int, default=256)
-    parser.add_argument("--windows", type=int, nargs="+", default=[1, 4, 16, 64], metavar="SHARDS")
+    parser.add_argument("--windows", type=int, nargs="+", default=[1, 8, 32, 128], metavar="SHARDS")
     parser.add_argument("--row-bytes", type=int, default=752_000, help="latents of a clip")
     parser.add_argument("--epochs", type=int, default=8)
     options = parser.parse_args()
