@@ -19,6 +19,7 @@ from train.data.loader import LatentLoader
 from train.data.view import View, open_view
 from train.ema import Ema
 from train.engine import Engine, StepResult, choose_precision
+from train.guard import Guard
 from train.identity import (
     check_continues,
     describe_data,
@@ -33,9 +34,6 @@ from train.objective.tasks import Task, task_of_step
 from train.preempt import StopRequest
 from train.ranks import USER_ERRORS, AgreedError, Ranks, Verdict, one_message
 from train.sinks import Sinks
-
-# A few bad batches are survived; ten in a row mean that the weights or the data are broken.
-MOST_SKIPPED_IN_A_ROW = 10
 
 
 class Trainer:
@@ -62,7 +60,7 @@ class Trainer:
         self.sinks: Sinks | None = None
         self.step = ranks.together(self._position)  # optimiser steps done
         self.first_step = self.saved_step = self.step
-        self.skipped_in_a_row = 0
+        self.guard = Guard()
         self.data_error: str | None = None
         ranks.check_agreement(
             {
@@ -185,8 +183,10 @@ class Trainer:
                 break
             task = task_of_step(config.tasks, config.seed, self.step)
             result = self._train_step(task)
-            self._check_step(result, task)
             self.step += 1
+            if not result.was_applied:
+                self.say(f"step {self.step} skipped: gradients of {task.name} are not finite")
+            self.guard.check(result, self.step)
             if self.step % config.log.every_steps == 0:
                 self._report()
             if self.step % config.checkpoint.every_steps == 0:
@@ -258,20 +258,6 @@ class Trainer:
             self.ema.update(self.engine, self.step)
         self.meter.add_step(result)
         return result
-
-    def _check_step(self, result: StepResult, task: Task) -> None:
-        """Stop a run whose gradients stay not finite; the weights are as before the first."""
-        if result.was_applied:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        self.say(f"step {self.step + 1} skipped: gradients of {task.name} are not finite")
-        if self.skipped_in_a_row == MOST_SKIPPED_IN_A_ROW:
-            raise AgreedError(
-                f"gradients were not finite in {MOST_SKIPPED_IN_A_ROW} steps in a row, up to step "
-                f"{self.step + 1}; lower optim.lr, or look for the clips in question. "
-                f"The same command continues from the newest checkpoint in {self.run_dir}"
-            )
 
     def _report(self) -> None:
         metrics = self.meter.summary(self.loader.num_substituted)
