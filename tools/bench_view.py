@@ -1,14 +1,13 @@
 """``python -m tools.bench_view``: how a rank opens a huge data set, starts on it and goes on.
 
-Makes a data set without payloads (``tools.made_up_view``): for 200 million clips 5.6 GB, nearly
-all of it the census, and 2.4 million files, nearly all of them empty. Then a fresh process does
-what each rank of a run does: opens the view, takes the first global batch from the order, reads its
-first micro-batch, and does both again from the middle of the epoch.
+Makes a data set without payloads (``tools.made_up_view``): of 200 million clips 5.6 GB of disk,
+nearly all of it the census. Then a fresh process does what each rank of a run does: opens the view,
+makes the loader, and reads its first micro-batch, at the start of the epoch and from its middle.
 
-Included are the listings of the columns, the census's head and tables per shard, the order, commit
-records and indices of the shards read ahead, latents (of zeros) and their checksums, captions. Not
-included: making the census, once per node and data set, and waiting for disks: all files were just
-written and are in the page cache.
+Included are the census's head and tables per shard, the order, commit records and indices of the
+shards read ahead, latents (of zeros) and their checksums, captions. Not included: making the
+census, once per node and data set, and waiting for disks: what is read was just written, and is in
+the page cache.
 """
 
 from __future__ import annotations

@@ -2,13 +2,12 @@
 
 Real are the plan's head, column.json, the captions, the census, and in the shards that are to be
 read commit records and indices. Tars of those are sparse files: all zeros, as their indices state.
-All other shards have empty files, which are listed but never read.
+Of all other shards, and of plan.parquet, nothing is there: once there is a census, nobody looks.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,7 +106,7 @@ def write_view(view: MadeUpView, config: DataConfig, read: Collection[int]) -> N
         read: the shards that are going to be read.
     """
     view.root.mkdir(parents=True)
-    (view.root / "plan.parquet").touch()
+    (view.root / "plan.parquet").touch()  # its time is a part of the census's name
     fmt.write_plan(view.root, view.plan)
     columns = {}
     for modality, axes in SPECS.items():
@@ -118,7 +117,6 @@ def write_view(view: MadeUpView, config: DataConfig, read: Collection[int]) -> N
     text_crcs = write_captions(columns["text"], view.plan)
     crcs: dict[str, dict[int, int]] = {}
     for name in LENGTHS:
-        touch_shards(columns[name], len(view.counts))
         crcs[name] = {shard: write_shard(view, columns[name], shard) for shard in read}
     lengths = {name: int(config.seconds * RATES_HZ[name]) for name in LENGTHS}
     wish = Wish("train", config.heldout_share, lengths, None)
@@ -138,14 +136,6 @@ def write_captions(column: fmt.Column, plan: fmt.Plan) -> list[int]:
         first += num_rows
         crcs.append(column.committed(shard)["index_crc32c"])
     return crcs
-
-
-def touch_shards(column: fmt.Column, num_shards: int) -> None:
-    """Make empty files for all shards."""
-    for shard in range(num_shards):
-        stem = column.path / fmt.shard_name(shard)
-        for suffix in (".tar", ".idx.npy", ".json"):
-            os.close(os.open(f"{stem}{suffix}", os.O_WRONLY | os.O_CREAT, 0o644))
 
 
 def write_shard(view: MadeUpView, column: fmt.Column, shard: int) -> int:
