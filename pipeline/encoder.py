@@ -1,7 +1,7 @@
 """The encoder of a cell: one loop that turns tasks into committed shards, decoders always busy.
 
 While the last clips of a shard are encoded, decoders have those of the next one, and the shard
-before is being committed in a thread. Rows are written in plan order whatever happens.
+before is being committed in a thread; another writes rows, in plan order whatever happens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import replace
 
 from pipeline.batching import Batcher, Encoded
@@ -22,6 +21,7 @@ from pipeline.format import open_column
 from pipeline.jobs import Job, ShardTask, ShardUpdate
 from pipeline.open_shard import OpenShard, Row
 from pipeline.pool import Pool
+from pipeline.write_behind import WriteBehind, naming
 
 HEARTBEAT_S = 5.0  # an encoder is never silent for longer, but in a codec
 UPDATE_S = 0.5  # between two updates on the progress of a shard
@@ -33,14 +33,11 @@ ROWS_AHEAD = 512
 ROWS_AT_ONCE = 64
 
 
-@contextmanager
-def naming(task: ShardTask) -> Iterator[None]:
-    """Have an error name the shard over which it was raised, in its attribute ``task``."""
-    try:
-        yield
-    except Exception as error:
-        vars(error)["task"] = task.name  # goes along where the error is sent to another process
-        raise
+def commit_after(writes: list[Future[None]], shard: OpenShard) -> ShardUpdate:
+    """Commit a shard when its last rows are written; raises what kept one from being."""
+    for write in writes:
+        write.result()
+    return shard.commit()
 
 
 class ShardEncoder:
@@ -64,6 +61,7 @@ class ShardEncoder:
         self._ahead: deque[Row] = deque()  # in plan order, not judged yet
         self._unwritten: deque[Row] = deque()  # judged; of those that wait for a batch, the oldest
         self._held_bytes = 0  # of frames and sound behind these
+        self._writes = WriteBehind()
         self._commits: deque[tuple[OpenShard, Future[ShardUpdate]]] = deque()
         self._updates: list[ShardUpdate] = []
         self._taken_s = 0.0  # when the last row was
@@ -89,9 +87,11 @@ class ShardEncoder:
                     self._receive(mailbox)
                     self._look_ahead()
                     self._work()
+                    self._writes.check()
                     self._commit(committer)
                     yield from self._news()
             finally:
+                self._writes.close()
                 committer.shutdown(cancel_futures=True)
                 for shard in (*self._open, *(shard for shard, _ in self._commits)):
                     shard.close()
@@ -169,20 +169,21 @@ class ShardEncoder:
             self._write(shard)
 
     def _write(self, shard: OpenShard) -> None:
-        with naming(shard.task):
-            written = shard.write()
-        for row in written:
+        for row in shard.take_complete():
             self._held_bytes -= row.held_bytes
             if row.item:
                 self._pool.release(row.item)
+            shard.note_wait(self._writes.add(row))
 
     def _commit(self, committer: ThreadPoolExecutor) -> None:
-        """Commit the shards that are written, in the background, and tell of those that are."""
-        for shard in [shard for shard in self._open if shard.is_written]:
+        """Commit the shards that are complete, in the background, and tell of those that are."""
+        for shard in [shard for shard in self._open if shard.is_complete]:
             self._open.remove(shard)
             if update := shard.progress():  # the commit may take long
                 self._updates.append(update)
-            self._commits.append((shard, committer.submit(shard.commit)))
+            self._commits.append(
+                (shard, committer.submit(commit_after, self._writes.of(shard), shard))
+            )
         while self._commits and self._commits[0][1].done():
             shard, committed = self._commits[0]
             with naming(shard.task):

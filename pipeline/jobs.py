@@ -101,7 +101,8 @@ class ShardUpdate:
         media_s: seconds of media in these rows.
         decode_s: seconds that decoders spent on them, summed over decoders.
         encode_s: seconds that codecs spent.
-        write_s: seconds spent on tars, checksums, indexes and commits.
+        write_s: seconds that threads spent on tars, checksums, indexes and commits.
+        write_wait_s: seconds for which the encoder waited for these.
         bytes_in_flight: of frames and sound in the cell now.
         committed: names of the columns this attempt committed; others were committed by others.
         seconds: of "committed": from the start to the commit.
@@ -117,6 +118,7 @@ class ShardUpdate:
     decode_s: float = 0.0
     encode_s: float = 0.0
     write_s: float = 0.0
+    write_wait_s: float = 0.0
     bytes_in_flight: int = 0
     committed: tuple[str, ...] = ()
     seconds: float = 0.0

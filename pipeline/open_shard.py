@@ -32,7 +32,7 @@ from pipeline.checks import (
     with_facts,
     write_facts,
 )
-from pipeline.codecs import stored
+from pipeline.codecs import all_finite, stored
 from pipeline.jobs import FailedClip, Job, ShardTask, ShardUpdate
 from pipeline.media import Clip, Decoded
 from pipeline.old_rows import best_facts, never_worse, open_old_rows
@@ -81,7 +81,8 @@ class Row:
 class OpenShard:
     """The columns of a task, from their first row to their commit.
 
-    Used by one thread until all is written; `commit` may run in another.
+    Used by one thread, but for `write`, which another may call, and `commit`, which a third may
+    when all is written.
 
     Args:
         job: of the run.
@@ -122,7 +123,7 @@ class OpenShard:
         self._facts: list[dict[str, Any]] = []
         self._judged: deque[Row] = deque()  # and not written
         self._num_left = len(task.captions if is_text else task.clips)
-        self._decode_s = self._encode_s = 0.0
+        self._decode_s = self._encode_s = self._write_s = 0.0
         self._news = self._no_news = ShardUpdate("progress", task=task.name)
         self._unread = self._caption_rows() if is_text else self._clip_rows()
         attempt = f"{job.run_id}-{task.attempt}"
@@ -134,8 +135,8 @@ class OpenShard:
             self._stack = stack.pop_all()
 
     @property
-    def is_written(self) -> bool:
-        """Whether all rows are written, and nothing but the commit is left to do."""
+    def is_complete(self) -> bool:
+        """Whether all rows are taken, and nothing but to write and commit them is left to do."""
         return self._num_left == 0
 
     def next_row(self) -> Row | None:
@@ -173,24 +174,32 @@ class OpenShard:
         row.encode_s += encoded.seconds + time.perf_counter() - started
         row.waiting.remove(modality)
 
-    def write(self) -> list[Row]:
-        """Write the rows that are complete, in plan order, and return them.
+    def take_complete(self) -> list[Row]:
+        """Return the rows that are complete, in plan order, each once, and count them as done."""
+        complete = []
+        while self._judged and not self._judged[0].waiting:
+            complete.append(self._judged.popleft())
+            self._count(complete[-1])
+            self._num_left -= 1
+        return complete
+
+    def note_wait(self, seconds: float) -> None:
+        """Note that the encoder waited for rows to be written."""
+        self._news = replace(self._news, write_wait_s=self._news.write_wait_s + seconds)
+
+    def write(self, row: Row) -> None:
+        """Write the next row, and drop its latents.
 
         Raises:
             NoRoomError: the disk is full; nothing of this shard is published.
         """
-        written = []
-        while self._judged and not self._judged[0].waiting:
-            row, started = self._judged.popleft(), time.perf_counter()
-            for modality, writer in self._writers.items():
-                code = fmt.OK
-                if modality in row.problems:
-                    code = fmt.STATUS_CODE[row.problems[modality][0]]
-                writer.add(row.key, row.latents.pop(modality, None), code)
-            self._count(row, time.perf_counter() - started)
-            self._num_left -= 1
-            written.append(row)
-        return written
+        started = time.perf_counter()
+        for modality, writer in self._writers.items():
+            code = fmt.OK
+            if modality in row.problems:
+                code = fmt.STATUS_CODE[row.problems[modality][0]]
+            writer.add(row.key, row.latents.pop(modality, None), code)
+        self._write_s += time.perf_counter() - started
 
     def commit(self) -> ShardUpdate:
         """Publish facts and columns, and tell so; none is named that another writer was first with.
@@ -204,7 +213,7 @@ class OpenShard:
             for old in self._old.values():
                 old.forget()
         news = self._take_news()
-        write_s = news.write_s + time.perf_counter() - started
+        write_s = self._write_s + time.perf_counter() - started
         return replace(
             news, event="committed", write_s=write_s, committed=names, seconds=self.seconds
         )
@@ -314,7 +323,7 @@ class OpenShard:
             needed = (decode.fps if is_video else decode.sample_rate) / spec.rate_hz
             return None, ("too_short", f"{found}, expected {needed:g} for one latent at least")
         kept = stored(latent, spec.dtype)
-        if not np.isfinite(kept).all():
+        if not all_finite(kept):
             peak = float(np.abs(np.nan_to_num(latent, posinf=np.inf, neginf=-np.inf)).max())
             return None, (
                 "nonfinite",
@@ -322,7 +331,7 @@ class OpenShard:
             )
         return kept, None
 
-    def _count(self, row: Row, write_s: float) -> None:
+    def _count(self, row: Row) -> None:
         problems = row.problems
         status, message = next((problems[m] for m in fmt.MODALITIES if m in problems), ("ok", ""))
         self._decode_s += row.decode_s
@@ -335,5 +344,4 @@ class OpenShard:
             media_s=news.media_s + row.media_s * (len(problems) < len(self._writers)),
             decode_s=news.decode_s + row.decode_s,
             encode_s=news.encode_s + row.encode_s,
-            write_s=news.write_s + write_s,
         )

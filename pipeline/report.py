@@ -272,6 +272,7 @@ class RunReport:
             "decode_s": round(done.decode_s, 3),
             "encode_s": round(done.encode_s, 3),
             "write_s": round(done.write_s, 3),
+            "write_wait_s": round(done.write_wait_s, 3),
             # Of the time that cells and decoders had, from when they were ready to the last commit;
             # None where that is too short to say. The share in which codecs were busy is also the
             # rate over that of the same codecs never waiting, as fast as they were in this run;
@@ -279,6 +280,7 @@ class RunReport:
             "speed_of_light_share": share(done.encode_s, cell_s),
             "decode_busy_share": share(done.decode_s, decoder_s),
             "write_share": share(done.write_s, cell_s),
+            "write_wait_share": share(done.write_wait_s, cell_s),
             "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
             "host": platform.node(),
             "python": platform.python_version(),

@@ -24,6 +24,7 @@ class Sums:
     decode_s: float = 0.0
     encode_s: float = 0.0
     write_s: float = 0.0
+    write_wait_s: float = 0.0
 
     def add(self, statuses: Counter[str], news: ShardUpdate | Sums, sign: int = 1) -> None:
         """Take in news, or with sign -1 take back what was taken in."""
@@ -33,6 +34,7 @@ class Sums:
         self.decode_s += sign * news.decode_s
         self.encode_s += sign * news.encode_s
         self.write_s += sign * news.write_s
+        self.write_wait_s += sign * news.write_wait_s
 
 
 class Point(NamedTuple):

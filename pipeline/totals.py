@@ -26,10 +26,12 @@ LABELS = {
     "media_h_per_h_after_startup": "hours of clips per hour since the first cell was ready",
     "decode_s": "time decoding, summed over decoders",
     "encode_s": "time encoding, summed over cells",
-    "write_s": "time writing, summed over cells",
+    "write_s": "time writing beside encoding, summed over cells",
+    "write_wait_s": "of it, time encoders waited for",
     "speed_of_light_share": "of the cells' time encoding",
     "decode_busy_share": "of the decoders' time decoding",
-    "write_share": "of the cells' time writing",
+    "write_share": "of the cells' time writing beside encoding",
+    "write_wait_share": "of the cells' time waiting for writing",
 }
 
 

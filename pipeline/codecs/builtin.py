@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,11 @@ RGB_TO_YCBCR = np.array(
 # Energy of a chroma plane relative to luma; any value in 0.01 .. 0.11 keeps the same 16 of 192.
 CHROMA_ENERGY = 0.05
 TIME_SCALE = 0.5
+# The transform goes over a clip in pieces of about so many values, which stay in the cache.
+PIECE_VALUES = 2**19
+# A BLAS multiplies tiles of rows, and adds up those left over in another order. Pieces of a
+# multiple of this many rows have none left over: they give the bits of one product of all.
+TILE_ROWS = 48
 # A latent counts when at most this share of its samples is missing from the clip's end.
 LAST_LATENT_SLACK = 0.2
 
@@ -101,9 +107,17 @@ class DctVideo:
         blocks = frames[: count * t, : rows * b, : columns * b]
         blocks = blocks.reshape(count, t, rows, b, columns, b, 3).transpose(0, 2, 4, 1, 3, 5, 6)
         kept, values = self.forward.shape
-        flat = blocks.reshape(count * rows * columns, values).astype(np.float32) / 255 - 0.5
-        latent = flat @ self.forward.T
-        return latent.reshape(count, rows, columns, kept).transpose(0, 3, 1, 2).copy()
+        latent = np.empty((count, kept, rows, columns), dtype=np.float32)
+        whole = TILE_ROWS // math.gcd(TILE_ROWS, rows * columns)
+        step = max(PIECE_VALUES // (whole * rows * columns * values), 1) * whole
+        for first in range(0, count, step):
+            piece = blocks[first : first + step]
+            flat = piece.reshape(len(piece) * rows * columns, values).astype(np.float32)
+            flat /= 255
+            flat -= 0.5
+            product = (flat @ self.forward.T).reshape(len(piece), rows, columns, kept)
+            latent[first : first + step] = product.transpose(0, 3, 1, 2)
+        return latent
 
     def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Decode latents [L, P, rows, columns] into frames uint8 [L * frames, H, W, 3]."""

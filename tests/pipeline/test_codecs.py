@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.codecs import CODECS, build_codec, column_spec
+from pipeline.codecs import CODECS, all_finite, build_codec, builtin, column_spec
 from pipeline.codecs.builtin import DctVideo, HashText, LogmelAudio, dct_matrix
 from pipeline.config import EncodeConfig, column_specs, decode_settings
 from pipeline.decode import decode_clip, read_sound
@@ -107,6 +107,17 @@ def test_dct_of_a_crop_is_the_crop_of_the_dct(frames):
     cropped = only(codec.decode([whole]))[frames : 3 * frames]
     decoded = only(codec.decode([whole[1:3]]))
     assert np.abs(decoded.astype(int) - cropped).max() <= 1  # of rounding
+
+
+@pytest.mark.parametrize("shape", [(37, 24, 40, 3), (2, 8, 8, 3), (50, 40, 56, 3)])
+@pytest.mark.parametrize("piece_values", [1, 50_000])
+def test_dct_in_pieces_is_the_dct_of_all(monkeypatch, shape, piece_values):
+    frames = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    codec = DctVideo({"fps": 8}, frames=2, channels=20)
+    (whole,) = codec.encode([frames])
+    monkeypatch.setattr(builtin, "PIECE_VALUES", piece_values)
+    (pieces,) = codec.encode([frames])
+    assert pieces.shape == whole.shape and np.abs(pieces - whole).max() < 1e-5
 
 
 def test_dct_cuts_off_what_fills_no_block():
@@ -211,6 +222,12 @@ def test_silence_is_finite_both_ways():
 
 
 # -- text
+
+
+def test_finite_values_are_told_from_others_in_every_type():
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    assert [all_finite(half) for half in halves[:, None]] == np.isfinite(halves).tolist()
+    assert all_finite(np.ones(3, np.float32)) and not all_finite(np.array([1, np.nan], np.float32))
 
 
 def test_same_word_has_the_same_vector_wherever_it_stands():

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline import encoder as encoder_module
 from pipeline import format as fmt
-from pipeline import open_shard
+from pipeline import open_shard, write_behind
 from pipeline.checks import read_facts
 from pipeline.encoder import ShardEncoder
 from pipeline.files import NoRoomError
@@ -294,6 +294,60 @@ def test_full_disk_ends_the_run_and_leaves_nothing_half_written(bench, monkeypat
     with pytest.raises(NoRoomError):
         it.run(it.task(0, [1.0] * 3), it.task(1, [1.0] * 3, first=3))
     assert it.left_over() == [] and it.column("video").committed_shards() == set()
+
+
+@pytest.mark.parametrize("row", [0, 2])
+def test_shard_of_which_a_row_is_not_written_is_not_committed(bench, monkeypatch, row):
+    """Its last row, too, which is written after the loop has left the shard behind."""
+    add = ShardWriter.add
+
+    def fail_once(self, key, array, status=fmt.OK):
+        if key == f"clip-{row}":
+            raise NoRoomError("no room")
+        add(self, key, array, status)
+
+    monkeypatch.setattr(ShardWriter, "add", fail_once)
+    it = bench()
+    with pytest.raises(NoRoomError) as caught:
+        it.run(it.task(0, [1.0] * 3), it.task(1, [1.0] * 3, first=3))
+    assert vars(caught.value)["task"] == ("clips", 0)
+    assert it.left_over() == [] and 0 not in it.column("video").committed_shards()
+
+
+def test_rows_are_written_beside_the_loop(bench, monkeypatch):
+    """The first row's writing goes on until the third clip is encoded."""
+    third, add, latent = threading.Event(), ShardWriter.add, MeanCodec.latent
+
+    def patient_add(self, *row):
+        assert third.wait(60)
+        add(self, *row)
+
+    def watched_latent(media):
+        if media.flat[0] == 2:
+            third.set()
+        return latent(media)
+
+    monkeypatch.setattr(ShardWriter, "add", patient_add)
+    monkeypatch.setattr(MeanCodec, "latent", staticmethod(watched_latent))
+    it = bench()
+    it.run(task := it.task(0, [1.0] * 5))
+    assert_encoded(it, task)
+
+
+@pytest.mark.parametrize("limit", [1, 35])
+def test_latents_that_wait_to_be_written_are_few(bench, monkeypatch, limit):
+    it, add, waiting = bench(), ShardWriter.add, []
+    row_bytes = 2 * (4 + 1)  # at most: the means of four frames, and of the sound
+
+    def watched_add(self, *row):
+        waiting.append(it.encoder._writes._waiting_bytes)
+        add(self, *row)
+
+    monkeypatch.setattr(ShardWriter, "add", watched_add)
+    monkeypatch.setattr(write_behind, "MAX_WAITING_BYTES", limit)
+    it.run(task := it.task(0, [1.0] * 30))
+    assert_encoded(it, task)
+    assert 0 < max(waiting) <= max(limit, row_bytes)
 
 
 def test_error_of_a_decoder_pool_ends_the_run_and_leaves_nothing(bench):

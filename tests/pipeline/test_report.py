@@ -90,13 +90,13 @@ def test_shares_are_of_the_time_that_cells_had_until_the_last_commit(tmp_path, c
         run.set_cells(1, 3)
         clock.now_s += 20
         run.update(progress(A, ok=10, media_s=100.0, decode_s=45.0, encode_s=30.0, write_s=0.4))
-        run.update(ShardUpdate("committed", "n/0", A))
+        run.update(ShardUpdate("committed", "n/0", A, write_wait_s=0.2))
         clock.now_s += 40  # duplicates are settled
     summary = summary_of(tmp_path)
     assert (summary["cells"], summary["decoders"], summary["startup_s"]) == (2, 6, 30.0)
     assert summary["speed_of_light_share"] == 30 / (2 * 10 + 1 * 20)
     assert summary["decode_busy_share"] == 45 / (6 * 10 + 3 * 20)
-    assert summary["write_share"] == 0.4 / 40
+    assert (summary["write_share"], summary["write_wait_share"]) == (0.4 / 40, 0.2 / 40)
     assert (summary["seconds"], summary["clips_per_s"]) == (100.0, 0.1)
     assert summary["clips_per_s_after_startup"] == round(10 / 70, 4)
     assert summary["media_h_per_h"] == 1.0
@@ -120,7 +120,7 @@ def test_no_share_is_told_of_a_run_that_is_too_short(tmp_path, clock, capsys):
         run.update(ShardUpdate("committed", "n/0", A, Counter(ok=1), decode_s=1.0, encode_s=1.0))
         clock.now_s += 60  # duplicates are settled
     summary = summary_of(tmp_path)
-    for name in ("speed_of_light_share", "decode_busy_share", "write_share"):
+    for name in ("speed_of_light_share", "decode_busy_share", "write_share", "write_wait_share"):
         assert summary[name] is None
     assert "encoders busy –" in capsys.readouterr().err
 
