@@ -46,7 +46,6 @@ from tools.loader_results import (
 )
 
 HERE = ("webdataset",)  # a peer that this project's own environment has
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Bench:
             lane.close()
         stamp.write_text(rows)
 
-    def prepare(self, results: Sequence[Result], say: Say) -> None:
+    def prepare(self, results: Sequence[Result]) -> None:
         """Write the rows in all formats needed; note which contenders can't."""
         np.save(self.checksums, np.array(self.rows.checksums(), np.uint32))
         problems: dict[str, str] = {}
@@ -111,6 +110,11 @@ class Bench:
         for data in problems:
             drop(self.folder / data)
             warm(self.folder / data)  # as reading leaves them: pages just written are dearer
+
+
+def say(text: str) -> None:
+    """Tell how far it is, apart from the results."""
+    print(text, file=sys.stderr, flush=True)
 
 
 class Field:
@@ -176,9 +180,9 @@ class Field:
             setattr(result, name, value)
 
 
-def run(bench: Bench, results: Sequence[Result], rounds: int, cold_rounds: int, say: Say) -> None:
+def run(bench: Bench, results: Sequence[Result], rounds: int, cold_rounds: int) -> None:
     """Write, check and measure."""
-    bench.prepare(results, say)
+    bench.prepare(results)
     able = [result for result in results if not result.problem]
     say(f"measuring {len(able)} processes in {rounds} rounds, and {cold_rounds} cold")
     with closing(Field(bench, able)) as field:
@@ -202,7 +206,7 @@ def choose(names: str) -> list[str]:
     return [name for name in CONTENDERS if name in chosen]
 
 
-def interpreters(results: Sequence[Result], peers_env: Path, say: Say) -> dict[str, str]:
+def interpreters(results: Sequence[Result], peers_env: Path) -> dict[str, str]:
     """Return the interpreter of each contender; the peers' environment is made where it must be.
 
     Where it can't be made, the peers' results say why.
@@ -249,9 +253,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 1 where ours can't be measured."""
     options = parse(arguments)
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     folder = options.folder or Path(tempfile.mkdtemp(prefix="bench-loader-"))
     folder, rows = folder.absolute(), Rows(options.rows)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -260,9 +261,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pythons = interpreters(results, (options.peers_env or folder / "peers").absolute(), say)
+        pythons = interpreters(results, (options.peers_env or folder / "peers").absolute())
         bench = Bench(rows, options.batch, folder, device, pythons)
-        run(bench, results, options.rounds, options.cold_rounds, say)
+        run(bench, results, options.rounds, options.cold_rounds)
     finally:
         if not options.folder:
             shutil.rmtree(folder)
