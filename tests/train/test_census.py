@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -247,6 +248,36 @@ def test_failed_build_leaves_nothing(dataset: Dataset) -> None:
         view_of(dataset)
     folder = views_folder(str(dataset.root.parent / "cache"))
     assert [path.suffix for path in folder.iterdir()] == [".lock"]
+
+
+def test_full_disk_is_named(tmp_path: Path) -> None:
+    def build(into: Path) -> None:
+        (into / "codes.bin").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = views_folder(str(tmp_path)) / ("0" * 32)
+    with pytest.raises(ConfigError, match=r"no room .* bytes free; .*set data.cache_dir"):
+        made_once(folder, build)
+    assert [path.suffix for path in folder.parent.iterdir()] == [".lock"]
+
+
+def test_those_who_wait_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, building = views_folder(str(tmp_path)) / ("0" * 32), threading.Event()
+    go_on = threading.Event()
+
+    def build(_: Path) -> None:
+        building.set()
+        assert go_on.wait(60)
+
+    with ThreadPoolExecutor(2) as pool, caplog.at_level("INFO"):
+        first = pool.submit(made_once, folder, build)
+        assert building.wait(60)
+        second = pool.submit(made_once, folder, build)
+        while "waiting for it" not in caplog.text:
+            time.sleep(0.01)
+        go_on.set()
+        first.result()
+        second.result()
 
 
 def test_long_unused_censuses_are_removed(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data_root import open_root
+from pipeline.files import write_json
 from pipeline.format import FormatError, open_column
 from pipeline.settings import ConfigError
 from tests.pipeline.servers import s3_bucket
@@ -301,6 +302,34 @@ def test_missing_column_is_named(dataset: Dataset) -> None:
 
 
 # -- damage
+
+
+@pytest.mark.parametrize(
+    ("modality", "change"),
+    [
+        ("video", {"axes": ("channel", "time", "height", "width")}),
+        ("audio", {"axes": ("time", "channel", "x", "y", "z")}),
+        ("audio", {"rate_hz": "25"}),
+        ("audio", {"rate_hz": 0.0}),
+        ("text", {"axes": ("token", "word", "channel")}),
+        ("text", {"dtype": "float32"}),
+    ],
+)
+def test_columns_that_no_batch_can_be_made_of_are_named(
+    dataset: Dataset, modality: str, change: dict[str, Any]
+) -> None:
+    spec = dataclasses.replace(dataset.spec(modality), **change)
+    shutil.rmtree(dataset.column_path(modality))
+    (dataset.root / spec.directory).mkdir()
+    write_json(dataset.root / spec.directory / "column.json", dataclasses.asdict(spec))
+    with pytest.raises(FormatError, match="encode it again"):
+        view_of(dataset)
+
+
+def test_plan_without_clips_is_an_error(tmp_path: Path) -> None:
+    built = Dataset(tmp_path / "shards", num_clips=0).build()
+    with pytest.raises(FormatError, match=r"0 of 0 clips .*none is left"):
+        view_of(built)
 
 
 def test_plan_rows_of_another_plan_are_refused(dataset: Dataset) -> None:

@@ -1,13 +1,14 @@
-"""The shapes of steps: which clips can share a batch, over all data sets of a view."""
+"""The shapes of steps: which clips can share a batch, and what the model is told of each shape."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.format import FormatError
+from pipeline.format import FormatError, statistics_of
 from train.data.census import NOT_USABLE, Census, ClipClass
+from train.data.part import Source
 from train.latents import LatentSpec
 
 
@@ -100,3 +101,55 @@ def home_of(
     # The commonest; of two as common the smaller.
     commonest = min(sizes, key=lambda each: (-sizes[each], each))
     return replace(kind, **{other: commonest})
+
+
+def latent_spec(sources: Sequence[Source], modality: str) -> LatentSpec:
+    """Describe a modality's latents, with the statistics of all data sets; the shape is empty.
+
+    Raises:
+        FormatError: no shard holds a payload, or the numbers of channels differ.
+    """
+    spec = sources[0].opened[modality].spec
+    sums = [source.census.head.sums[modality] for source in sources]
+    for source, one in zip(sources, sums, strict=True):
+        if one["count"] and len(one["sum"]) != len(sums[0]["sum"]):
+            raise FormatError(
+                f"{source.opened[modality].path}: statistics of {len(one['sum'])} channels, "
+                f"but {len(sums[0]['sum'])} in {sources[0].opened[modality].path}"
+            )
+    statistics = statistics_of(sums)
+    if statistics is None:
+        raise FormatError(f"{sources[0].opened[modality].path} holds no encoded clip")
+    return LatentSpec(
+        modality=modality,
+        axes=spec.axes,
+        shape=(),
+        rate_hz=spec.rate_hz,
+        offset_s=spec.offset_s,
+        mean=tuple(statistics["mean"]),
+        std=tuple(statistics["std"]),
+    )
+
+
+def bucket_of_kind(
+    kind: ClipClass, num_clips: int, specs: Mapping[str, LatentSpec], sources: Sequence[Source]
+) -> Bucket:
+    """Return the bucket of a class of clips.
+
+    Raises:
+        FormatError: its clips have not the channels that the statistics have.
+    """
+    shaped = {}
+    for name, spec in specs.items():
+        stored = list(getattr(kind, name))
+        axis = spec.channel_axis - 1  # behind time
+        per_channel = 2 if sources[0].opened[name].spec.stores_moments else 1
+        expected = per_channel * len(spec.mean)
+        if stored[axis] != expected:
+            raise FormatError(
+                f"{sources[0].opened[name].path}: {name} of sizes {stored} has {stored[axis]} "
+                f"channels, but statistics are of {expected}; encode the column again"
+            )
+        stored[axis] = len(spec.mean)
+        shaped[name] = replace(spec, shape=(sources[0].lengths[name], *stored))
+    return Bucket(shaped["video"], shaped["audio"], num_clips)

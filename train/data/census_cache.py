@@ -2,7 +2,7 @@
 
 Invariants: what has a census's name is whole (made in ``.NAME.tmp`` and renamed); it is made under
 a flock, which the kernel drops with the process, so that what a killed one left is known as such.
-The name tells which data on disk and which wishes it is of; other data have another.
+The name tells which data on disk and which selectiones it is of; other data have another.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.files import is_local, naming_a_full_disk, scan, sync_folder
+from pipeline.files import NoRoomError, is_local, naming_a_full_disk, scan, sync_folder
 from pipeline.format import Column, Plan, canonical_json
 from pipeline.settings import ConfigError
 from train.data.census import CENSUS_VERSION, HEAD_NAME, Census, CensusWriter
-from train.data.survey import Wish, write_census
+from train.data.classes import Selection
+from train.data.survey import write_census
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +36,23 @@ KEPT_S = 30 * 24 * 3600.0  # since it was last opened
 
 
 def open_census(
-    cache_dir: str | None, root: Path, plan: Plan, opened: Mapping[str, Column], wish: Wish
+    cache_dir: str | None,
+    root: Path,
+    plan: Plan,
+    opened: Mapping[str, Column],
+    selection: Selection,
 ) -> Census:
     """Open the census of a data set; make it, where this node has none of the data as they are.
 
     Raises:
         FormatError, OSError: as ``survey.write_census``.
-        ConfigError: the cache can't be used, or the filter asks for what is not there.
-        NoRoomError: there is no room for the census.
+        ConfigError: the cache can't be used, has no room, or the filter asks for what is not there.
     """
-    folder = census_folder(cache_dir, root, plan, opened, wish)
+    folder = census_folder(cache_dir, root, plan, opened, selection)
 
     def build(into: Path) -> None:
         with CensusWriter(into) as writer:
-            write_census(writer, root, plan, opened, wish)
+            write_census(writer, root, plan, opened, selection)
 
     made_once(folder, build)
     os.utime(folder / HEAD_NAME)
@@ -56,7 +60,11 @@ def open_census(
 
 
 def census_folder(
-    cache_dir: str | None, root: Path, plan: Plan, opened: Mapping[str, Column], wish: Wish
+    cache_dir: str | None,
+    root: Path,
+    plan: Plan,
+    opened: Mapping[str, Column],
+    selection: Selection,
 ) -> Path:
     """Return where the census of a data set is, or would be: the data as they are on disk now.
 
@@ -66,12 +74,12 @@ def census_folder(
         ConfigError: the cache can't be used.
         OSError: a folder can't be looked at.
     """
-    text = wish.clip_filter.text if wish.clip_filter else None
-    wanted = [wish.subset, wish.heldout_share, dict(wish.lengths), text]
+    text = selection.clip_filter.text if selection.clip_filter else None
+    wanted = [selection.subset, selection.heldout_share, dict(selection.lengths), text]
     found = (root / "plan.parquet").stat()
     table = [found.st_size, repr(found.st_mtime)]
     folders = [column.path for column in opened.values()]
-    if wish.clip_filter is not None and wish.clip_filter.facts:
+    if selection.clip_filter is not None and selection.clip_filter.facts:
         names = [entry.name for entry in scan(root) if entry.name.startswith("facts@")]
         folders += [root / name for name in sorted(names)]
     states = {folder.name: state_of(folder) for folder in folders}
@@ -128,7 +136,7 @@ def made_once(made: Path, build: Callable[[Path], None]) -> None:
     """Have ``build`` fill a folder unless it is there; only the first process does, others wait.
 
     Raises:
-        NoRoomError: there is no room for it.
+        ConfigError: there is no room for it.
         Exception: whatever ``build`` raises; then nothing is left.
     """
     if made.exists():
@@ -146,6 +154,12 @@ def made_once(made: Path, build: Callable[[Path], None]) -> None:
                 build(unfinished)
             sync_folder(unfinished)
             unfinished.rename(made)
+        except NoRoomError:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise ConfigError(
+                f"{folder}: no room for the table of a view's clips, "
+                f"{shutil.disk_usage(folder).free:,} bytes free; make room, or set data.cache_dir"
+            ) from None
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
@@ -157,7 +171,11 @@ def held(path: Path) -> Iterator[None]:
     """Hold the flock of a file, which is left there."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process of this node looks at every shard: waiting for it")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

@@ -12,10 +12,10 @@ import numpy as np
 
 from pipeline.format import OK, Column, FormatError, Plan
 from train.data.census import NOT_USABLE, Census
+from train.data.classes import CLIP_MODALITIES
 from train.data.committed import CommittedShard, read_committed
 from train.data.config import PartConfig
 
-CLIP_MODALITIES = ("video", "audio")
 CACHED_TEXT_SHARDS = 64
 
 

@@ -6,8 +6,9 @@ the census on disk, and the indices of a shard are read, and checked, when its t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -20,17 +21,15 @@ from pipeline.format import (
     find_column,
     fingerprint,
     read_plan,
-    statistics_of,
 )
 from pipeline.settings import ConfigError
-from train.data.buckets import Bucket, assign_buckets
-from train.data.census import ClipClass
+from train.data.buckets import Bucket, assign_buckets, bucket_of_kind, latent_spec
 from train.data.census_cache import open_census
+from train.data.classes import CLIP_MODALITIES, Selection, Subset
 from train.data.config import DataConfig, PartConfig
 from train.data.filters import parse_filter
-from train.data.part import CLIP_MODALITIES, Part, Source
+from train.data.part import Part, Source
 from train.data.payload import read_row
-from train.data.survey import Subset, Wish
 from train.latents import LatentSpec
 
 MOST_MISSING = 0.01  # share of a subset's clips that may be unusable without being asked for
@@ -143,19 +142,36 @@ def open_source(
     opened = {
         name: find_column(root, name, getattr(part, name), plan.plan_id) for name in MODALITIES
     }
-    for column in opened.values():
-        if column.spec.dtype != "float16":
-            raise FormatError(
-                f"{column.path} holds {column.spec.dtype}, expected float16; encode it again"
-            )
+    for name, column in opened.items():
+        check_spec(column, is_text=name == "text")
     lengths = {
         name: crop_length(opened[name], config.seconds, time_multiple.get(name, 1))
         for name in CLIP_MODALITIES
     }
     clip_filter = parse_filter(part.filter) if part.filter is not None else None
-    wish = Wish(subset, config.heldout_share, lengths, clip_filter)
-    census = open_census(config.cache_dir, root, plan, opened, wish)
+    selection = Selection(subset, config.heldout_share, lengths, clip_filter)
+    census = open_census(config.cache_dir, root, plan, opened, selection)
     return Source(root, part, plan, opened, lengths, census)
+
+
+def check_spec(column: Column, is_text: bool) -> None:
+    """Check that the arrays of a column are such as batches are made of.
+
+    Raises:
+        FormatError: they are not; names the column and what is wrong.
+    """
+    spec = column.spec
+    if spec.dtype != "float16":
+        raise FormatError(f"{column.path} holds {spec.dtype}, expected float16; encode it again")
+    first, num_axes = ("token", 2) if is_text else ("time", len(spec.axes))
+    is_shaped = spec.axes[:1] == (first,) and "channel" in spec.axes[1:] and num_axes <= 4
+    rate_hz = spec.rate_hz
+    is_timed = is_text or (isinstance(rate_hz, int | float) and 0 < rate_hz < math.inf)
+    if not (is_shaped and is_timed and len(spec.axes) == num_axes):
+        raise FormatError(
+            f"{column.path} has axes {spec.axes} at {rate_hz!r} Hz, expected {first!r} first, a "
+            "channel, at most 4 in all, and latents per second; encode it again"
+        )
 
 
 def crop_length(column: Column, seconds: float, multiple: int) -> int:
@@ -218,58 +234,6 @@ def check_missing(source: Source, config: DataConfig, subset: Subset) -> None:
         raise FormatError(f"{message}: none is left; lower data.seconds or encode more clips")
     if config.missing == "error" and missing > MOST_MISSING * tally.wanted:
         raise FormatError(f"{message}; encode them again, or set data.missing=drop")
-
-
-def latent_spec(sources: Sequence[Source], modality: str) -> LatentSpec:
-    """Describe a modality's latents, with the statistics of all data sets; the shape is empty.
-
-    Raises:
-        FormatError: no shard holds a payload, or the numbers of channels differ.
-    """
-    spec = sources[0].opened[modality].spec
-    sums = [source.census.head.sums[modality] for source in sources]
-    for source, one in zip(sources, sums, strict=True):
-        if one["count"] and len(one["sum"]) != len(sums[0]["sum"]):
-            raise FormatError(
-                f"{source.opened[modality].path}: statistics of {len(one['sum'])} channels, "
-                f"but {len(sums[0]['sum'])} in {sources[0].opened[modality].path}"
-            )
-    statistics = statistics_of(sums)
-    if statistics is None:
-        raise FormatError(f"{sources[0].opened[modality].path} holds no encoded clip")
-    return LatentSpec(
-        modality=modality,
-        axes=spec.axes,
-        shape=(),
-        rate_hz=spec.rate_hz,
-        offset_s=spec.offset_s,
-        mean=tuple(statistics["mean"]),
-        std=tuple(statistics["std"]),
-    )
-
-
-def bucket_of_kind(
-    kind: ClipClass, num_clips: int, specs: Mapping[str, LatentSpec], sources: Sequence[Source]
-) -> Bucket:
-    """Return the bucket of a class of clips.
-
-    Raises:
-        FormatError: its clips have not the channels that the statistics have.
-    """
-    shaped = {}
-    for name, spec in specs.items():
-        stored = list(getattr(kind, name))
-        axis = spec.channel_axis - 1  # behind time
-        per_channel = 2 if sources[0].opened[name].spec.stores_moments else 1
-        expected = per_channel * len(spec.mean)
-        if stored[axis] != expected:
-            raise FormatError(
-                f"{sources[0].opened[name].path}: {name} of sizes {stored} has {stored[axis]} "
-                f"channels, but statistics are of {expected}; encode the column again"
-            )
-        stored[axis] = len(spec.mean)
-        shaped[name] = replace(spec, shape=(sources[0].lengths[name], *stored))
-    return Bucket(shaped["video"], shaped["audio"], num_clips)
 
 
 def read_null_text(part: Part) -> torch.Tensor:
