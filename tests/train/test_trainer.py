@@ -137,7 +137,7 @@ def test_a_run_that_lost_a_shard_and_was_stopped_is_bit_equal_to_a_straight_one(
         with launched(*arguments, num_ranks=2) as process:
             await_lines(process, tmp_path, 3)
             tar.rename(away)  # every epoch opens each shard anew
-            _, errors = process.communicate(timeout=60)
+            _, errors = process.communicate(timeout=150)
         assert process.returncode == 1
         assert "Traceback" not in errors
         (message,) = (line for line in errors.splitlines() if line.startswith("train: "))
@@ -210,7 +210,7 @@ def test_sigterm_to_the_process_group_leaves_a_complete_checkpoint(dataset, tmp_
         await_lines(process, tmp_path, 3)
         # To all processes, as Ctrl-C and Slurm do: `deepspeed` alone would die and pass nothing on.
         os.killpg(process.pid, signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=150)
     # The launcher's exit status after a signal is never 0: only the marker tells.
     assert "by SIGTERM" in errors
     step = int(newest(tmp_path).name.removeprefix("step_"))
@@ -226,6 +226,41 @@ def test_training_from_an_object_store_is_bit_equal_to_training_from_a_folder(
         remote = ("data.root=s3://data/shards", f"data.cache_dir={tmp_path / 'cache'}")
         run(*settings(dataset, tmp_path / "run", *remote))
     assert_same_training(tmp_path / "run", straight)
+
+
+@pytest.mark.slow
+def test_a_rank_that_alone_meets_damage_ends_all_with_its_number_and_a_checkpoint(tmp_path):
+    data = Dataset(tmp_path / "shards").build()
+    tar = data.column_path("audio") / "000002.tar"
+    whole = tar.read_bytes()
+    place = whole.index(data.audio(20).tobytes())
+    tar.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    ended = train(*settings(data, tmp_path / "run", "data.max_damaged=0"), num_ranks=2)
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    (message,) = (line for line in ended.stderr.splitlines() if line.startswith("train: "))
+    assert re.search(rf"any more: rank [01]: .*{tar} .*crc32c", message)
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert f"Step {step} of" in message
+    tar.write_bytes(whole)
+    run(*settings(data, tmp_path / "run", f"steps={step + 2}"))
+    assert metrics(tmp_path / "run")[-1]["step"] == step + 2
+
+
+@pytest.mark.slow
+def test_a_mixture_of_data_sets_resumes_bit_equal(tmp_path):
+    roots = [Dataset(tmp_path / name, seed=seed).build().root for seed, name in enumerate("ab")]
+    mix = f"data.mix=[{{root: {roots[0]}, weight: 2}}, {{root: {roots[1]}}}]"
+    for name in ("straight", "resumed"):
+        arguments = settings(Dataset(roots[0]), tmp_path / name, "steps=12", mix)
+        arguments = [text for text in arguments if not text.startswith("data.root=")]
+        if name == "resumed":
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "stop").touch()
+            run(*arguments)
+        resumed = run(*arguments)
+    assert re.search(r"step 1 of 12: epoch 0 of .*/[ab], clip [08] of 40", resumed.stderr)
+    assert_same_training(tmp_path / "resumed", tmp_path / "straight")
 
 
 @pytest.mark.slow
