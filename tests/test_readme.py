@@ -82,6 +82,10 @@ def test_the_tour_runs_as_written(shared_clips, tmp_path):
         for path in (folder / "runs").glob("*/checkpoints/*/state.json")
     }
     assert len(columns) == 2, "the second run did not train on the second audio column"
+    [loader] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = loader.replace('root="shards/"', f'root="shards/", audio="{min(columns)}"')
+    (folder / "loader.py").write_text(named)
+    run("PYTHONPATH=. python loader.py", folder, 100)
     # The first run goes on by its own command, though there are two audio columns now.
     first_run = next(line for line in tour[0].splitlines() if line.startswith("deepspeed"))
     run(f"{faster(first_run)} steps=4", folder, 200)
