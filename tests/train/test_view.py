@@ -206,6 +206,13 @@ def test_masked_clips_of_a_size_that_no_whole_clip_has_get_a_bucket(tmp_path: Pa
     assert len(view_of(built, missing="drop").buckets) == 1
 
 
+def test_size_of_sound_that_no_clip_has_is_not_known(tmp_path: Path) -> None:
+    failed = dict.fromkeys(range(40), "no_audio")
+    built = Dataset(tmp_path / "shards", failed_audio=failed).build()
+    with pytest.raises(FormatError, match=r"no clip has audio.*encode audio"):
+        view_of(built, missing="mask")
+
+
 # -- several data sets
 
 

@@ -16,8 +16,6 @@ from train.data.classes import CLIP_MODALITIES
 from train.data.committed import CommittedShard, read_committed
 from train.data.config import PartConfig
 
-CACHED_TEXT_SHARDS = 64
-
 
 @dataclass(frozen=True)
 class ShardRows:
@@ -96,7 +94,7 @@ class Part:
         weight: its share of the steps, of all parts' together.
         bucket_of: bucket for each class of the census, or ``NOT_USABLE``.
         num_buckets: of the view.
-        num_cached: shards whose rows are kept in memory.
+        num_cached: shards whose rows are kept in memory, and as many of text.
 
     Attributes:
         root: the data set's folder, a ``pathlib.Path`` or a ``pipeline.data_root.RemotePath``.
@@ -134,7 +132,8 @@ class Part:
         self._ends = np.cumsum(self.counts.sum(axis=1, dtype=np.int64))
         self.num_clips = int(self._ends[-1])
         self._shard_rows = lru_cache(num_cached)(self._read_shard_rows)
-        self._text_shard = lru_cache(CACHED_TEXT_SHARDS)(self._read_text_shard)
+        # Captions are numbered as the plan first has them: near shards, near captions.
+        self._text_shard = lru_cache(num_cached)(self._read_text_shard)
 
     def buckets_of(self, shard: int) -> np.ndarray:
         """Return the bucket of every clip of a shard, or ``NOT_USABLE``: uint8 [R].
