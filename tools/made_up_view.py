@@ -21,7 +21,7 @@ from pipeline.shards import ShardWriter, create_column
 from train.data import DataConfig
 from train.data.census import NOT_USABLE, CensusWriter, ClipClass, Tally
 from train.data.census_cache import census_folder
-from train.data.survey import Wish
+from train.data.classes import Selection
 
 SPECS = {
     "video": ("time", "channel", "height", "width"),
@@ -119,8 +119,8 @@ def write_view(view: MadeUpView, config: DataConfig, read: Collection[int]) -> N
     for name in LENGTHS:
         crcs[name] = {shard: write_shard(view, columns[name], shard) for shard in read}
     lengths = {name: int(config.seconds * RATES_HZ[name]) for name in LENGTHS}
-    wish = Wish("train", config.heldout_share, lengths, None)
-    folder = census_folder(config.cache_dir, view.root, view.plan, columns, wish)
+    selection = Selection("train", config.heldout_share, lengths, None)
+    folder = census_folder(config.cache_dir, view.root, view.plan, columns, selection)
     folder.mkdir(mode=0o700)
     write_census(view, folder, crcs, text_crcs)
 
