@@ -2,14 +2,16 @@
 
 All read the same rows of video, audio and text, shuffled, each from the format that its
 documentation advises, and give batches of tensors, pinned on their way to a GPU where there is
-one. Each has a process of its own; they take turns, an epoch each, so that other load on the
-machine hits all alike. Before that, every row of an epoch is compared with what was written, and
-every measured epoch must hold every row once. "Warm": the files are in the page cache, as reading
-leaves them there. "Cold": they were dropped from it before a fresh process read one epoch (needs
-no root; the share that stayed is measured too). The time to the first batch is that from opening
-on, imports done. Compare the ratios: rates change with the machine. Linux only.
+one. Each has a process of its own; they take turns, so that other load on the machine hits all
+alike, of two epochs each, and the second is measured. Before that, every row of an epoch is
+compared with what was written, and every measured epoch must hold every row once.
 
-Needs 5 x the rows on disk and 5 x in memory (1,024 rows: 770 MB), most of it page cache.
+warm: the files are in the page cache, as reading leaves them there. cold: they were dropped from
+it before a fresh process reads its first epoch (needs no root; "cached" is the share that stayed).
+first s: from opening to the first batch, imports done. peak MB: resident memory of all processes
+of a contender, shared pages counted once. Compare the ratios: rates change with the machine.
+
+Needs 6 times the rows on disk (1,024 rows: 4.6 GB), and 10 GB of memory. Linux only.
 """
 
 from __future__ import annotations
@@ -139,6 +141,8 @@ class Field:
 
     def close(self) -> None:
         """End the processes."""
+        for lane, _ in self._lanes:
+            lane.dismiss()
         for lane, _ in self._lanes:
             lane.close()
 

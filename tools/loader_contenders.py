@@ -6,7 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,15 +140,14 @@ def open_memcpy(job: Job) -> Epochs:
     return epoch
 
 
-def _columns(open_: Any, is_endless: bool = False) -> Loader:
-    load = importing("train.data")
-    return Loader("torch", load, write_columns, open_, "columns", (0,), is_endless)
+def _columns(open_: Callable[[Job], Epochs]) -> Loader:
+    return Loader("torch", importing("train.data"), write_columns, open_, "columns", (0,))
 
 
 CONTENDERS = {
-    OURS: _columns(open_ours, is_endless=True),
+    OURS: _columns(open_ours),
     FIRST: _columns(open_first),
-    ALWAYS: _columns(open_always, is_endless=True),
+    ALWAYS: _columns(open_always),
     **SHARD_PEERS,
     FOLDER: FILES,
     PREADV: _columns(open_preadv),

@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +32,7 @@ from tools.loader_data import Batch, Rows, check_batch, check_numbers, numbers
 from tools.loader_peers import Epochs, Job
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMEOUT_S = 300.0
+TIMEOUT_S, END_S = 300.0, 20.0  # for an answer, and to end
 MEMORY_EVERY = 8  # batches between two looks at the memory
 
 
@@ -82,17 +83,11 @@ class Lane:
         return self.answer()
 
     def tell(self, command: str) -> None:
-        """Send a command.
-
-        Raises:
-            LaneError: the process has ended.
-        """
+        """Send a command; where the process has ended, its answer says so."""
         assert self._process.stdin
-        try:
+        with suppress(BrokenPipeError):
             self._process.stdin.write(f"{command}\n".encode())
             self._process.stdin.flush()
-        except BrokenPipeError:
-            raise LaneError(self._end()) from None
 
     def answer(self) -> dict[str, Any]:
         """Return the answer to a command that was sent.
@@ -112,19 +107,25 @@ class Lane:
             raise LaneError(answer["problem"])
         return answer
 
+    def dismiss(self) -> None:
+        """Let the process end by itself, so that its loader cleans up."""
+        assert self._process.stdin
+        with suppress(BrokenPipeError):  # of a command that was not taken
+            self._process.stdin.close()
+
     def close(self) -> None:
-        """Let the process end by itself, so that its loader cleans up; kill it if it won't."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
+        """Wait until the process has ended; kill it if it won't."""
+        assert self._process.stdout
+        self.dismiss()
         try:
-            self._process.wait(20)
+            self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
 
     def _end(self) -> str:
-        code = self._process.wait(20)
+        code = self._process.wait(END_S)
         lines = self._log.read_text(errors="replace").strip().splitlines()
         return f"its process ended with code {code}: {lines[-1] if lines else 'no message'}"
 
@@ -192,9 +193,8 @@ class Server:
         return {**turn, "first_batch_s": opened_s + turn["first_batch_s"]}
 
     def epoch(self) -> dict[str, Any]:
-        """Measure an epoch; before it, an endless loader comes into its stride with another."""
-        if self._loader.is_endless:
-            self._measure()
+        """Measure an epoch, after one that brings the contender into its stride."""
+        self._measure()
         return self._measure()
 
     def _measure(self) -> dict[str, float]:

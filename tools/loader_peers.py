@@ -70,8 +70,6 @@ class Loader:
         open: opens what was written.
         data: name of the format, which contenders may share.
         num_workers: the numbers of worker processes to try.
-        is_endless: it reads ahead from one epoch into the next, so that only an epoch that
-            follows another at once is measured whole.
     """
 
     package: str
@@ -80,7 +78,6 @@ class Loader:
     open: Callable[[Job], Epochs]
     data: str
     num_workers: tuple[int, ...] = (0, 2)
-    is_endless: bool = False
 
 
 def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
