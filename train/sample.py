@@ -22,9 +22,9 @@ from pipeline.format import Column, FormatError, read_json
 from pipeline.gallery import Entry, Take, media_path, write_gallery
 from pipeline.settings import ConfigError
 from train.checkpoint import TrainedModel, load_model_for_sampling
+from train.data.classes import Subset
 from train.data.config import DataConfig
 from train.data.drawn import Drawn, draw
-from train.data.survey import Subset
 from train.data.view import View, open_view
 from train.errors import ResumeError
 from train.latents import LatentSpec
