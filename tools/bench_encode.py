@@ -6,8 +6,13 @@ and a decoder each, one thread a process); the same decoders that do nothing els
 fed from memory (the speed of light); a plain loop that writes with ``webdataset.ShardWriter``, as
 video2dataset does; Ray Data's ``map_batches`` and ``write_webdataset``. Rates are steady ones, from
 the first shard, clip or batch to the last; "all" divides by the whole time, start-up included.
-What a run can reach is the least of three limits: its decoders alone, its codecs alone, and the
-machine's CPUs over what a clip costs in both. Compare ratios: rates change with the machine.
+
+"of the limit" is our rate over the lesser of two: as many decoders alone, as many codecs alone,
+each with the machine to themselves. "of pairs" is over the rate of as many decoders and codecs at
+once, a process each, of which a codec waits for its decoder but gets no frames from it: what this
+machine leaves of the limit when both work, with a hand-over and tars that cost nothing. With fewer
+CPUs than processes the limit is out of reach, and pairs tell what can be had. Compare ratios: rates
+change with the machine.
 """
 
 from __future__ import annotations
@@ -35,14 +40,21 @@ from tools.encode_runs import EncodeRun, encode_run
 from tools.make_clips import make_clips
 from tools.peers_encode import PeerJob, check_tars, loop, ray_data
 from tools.side_by_side import Timing
-from tools.stage_rates import StageJob, codecs_only, decode_only, repeated, whole_clips
+from tools.stage_rates import (
+    StageJob,
+    codecs_only,
+    decode_only,
+    pairs_only,
+    repeated,
+    whole_clips,
+)
 
 REAL_CLIPS = Path(__file__).resolve().parents[2] / "shared/clips/vggsound/video"
 SHARD_SIZE = 16
 # Light to decode: as many frames in the file as are wanted of it, and few pixels.
 LIGHT_CLIPS = ClipSettings(seconds=10, size=64, fps=8)
 # As many values in a latent as by default, for some more arithmetic.
-HEAVIER_CODEC = ("video.codec.frames=4", "video.codec.channels=64")
+HEAVIER_CODEC = ("video.codec.frames=8", "video.codec.channels=128")
 CELLS = (1, 2)
 
 
@@ -72,7 +84,7 @@ class Case:
 
     Attributes:
         ours: by number of cells.
-        decoding, codecs: limits, by number of cells.
+        decoding, codecs, pairs: limits, by number of cells.
         peers: by name.
         runs: what our runs say of themselves, and their memory; of the last round, by cells.
     """
@@ -84,21 +96,24 @@ class Case:
     ours: dict[int, Measured] = field(default_factory=dict)
     decoding: dict[int, Measured] = field(default_factory=dict)
     codecs: dict[int, Measured] = field(default_factory=dict)
+    pairs: dict[int, Measured] = field(default_factory=dict)
     peers: dict[str, Measured] = field(default_factory=dict)
     runs: dict[int, EncodeRun] = field(default_factory=dict)
 
     def limits(self, cells: int) -> dict[str, float]:
         """Return what so many cells can reach at most, by what bounds them."""
-        per_clip_s = 1 / self.decoding[1].clips_per_s + 1 / self.codecs[1].clips_per_s
         return {
             "decoders": self.decoding[cells].clips_per_s,
             "codecs": self.codecs[cells].clips_per_s,
-            "CPUs": num_cpus() / per_clip_s,
         }
 
     def share(self, cells: int) -> float:
         """Return how much of the least limit so many cells reach."""
         return self.ours[cells].clips_per_s / min(self.limits(cells).values())
+
+    def share_of_pairs(self, cells: int) -> float:
+        """Return how much so many cells reach of what this machine leaves of the limit."""
+        return self.ours[cells].clips_per_s / self.pairs[cells].clips_per_s
 
 
 def num_cpus() -> int:
@@ -125,6 +140,8 @@ def measure(case: Case, folder: Path, rounds: int, peer_decoder: str) -> None:
             _try(decoding, lambda n=cells: decode_only(case.job, n))
             codecs = case.codecs.setdefault(cells, Measured(f"{cells} codecs alone"))
             _try(codecs, lambda n=cells, s=share: codecs_only(case.job, n, s))
+            pairs = case.pairs.setdefault(cells, Measured(f"{cells} pairs"))
+            _try(pairs, lambda n=cells: pairs_only(case.job, n))
             ours = case.ours.setdefault(cells, Measured(f"ours, {cells} cells"))
             _try(ours, lambda n=cells, t=turn: _ours(case, folder, n, t))
         peers: dict[str, Callable[[PeerJob], Timing]] = {
@@ -171,12 +188,14 @@ def _task(path: str, seconds: float) -> Task:
 def print_case(case: Case) -> None:
     """Print a case's tables."""
     print(f"\n{case.name}: {len(case.job.paths)} clips, {' '.join(case.settings)}")
-    print(f"{'':28}{'clips/s':>8}{'all':>8}  of the limit")
+    print(f"{'':28}{'clips/s':>8}{'all':>8}  of the limit  of pairs")
     for cells in CELLS:
         limits = case.limits(cells)
         bound = min(limits, key=lambda name: limits[name])
         told = ", ".join(f"{name} {limit:.2f}" for name, limit in limits.items())
-        print(_line(case.ours[cells]), f"{case.share(cells):>10.2f}  ({bound}; of {told})")
+        shares = f"{case.share(cells):>14.2f}{case.share_of_pairs(cells):>10.2f}"
+        pairs = f"pairs {case.pairs[cells].clips_per_s:.2f}"
+        print(_line(case.ours[cells]) + shares, f" ({bound}; {told}, {pairs})")
     for measured in case.peers.values():
         print(_line(measured))
     for cells, run in case.runs.items():
@@ -184,8 +203,9 @@ def print_case(case: Case) -> None:
         print(
             f"{cells} cells: start-up {summary['startup_s']:.1f} s; from then to the last "
             f"commit, decoders decode {share_text(summary['decode_busy_share'])}, codecs encode "
-            f"{share_text(summary['speed_of_light_share'])}, tar, crc, index and commit take "
-            f"{share_text(summary['write_share'], 1)}"
+            f"{share_text(summary['speed_of_light_share'])}; they wait for tar, crc, index and "
+            f"commit {share_text(summary['write_wait_share'], 1)}, which threads write in "
+            f"{share_text(summary['write_share'], 1)} of the time"
         )
         for role, peak in run.memory.items():
             print(
@@ -205,7 +225,7 @@ def as_json(case: Case) -> dict[str, Any]:
     """Return what was measured, for programs."""
     measured = {
         name: {str(key): asdict(one) for key, one in getattr(case, name).items()}
-        for name in ("ours", "decoding", "codecs", "peers")
+        for name in ("ours", "decoding", "codecs", "pairs", "peers")
     }
     runs = {
         str(cells): {
@@ -217,7 +237,9 @@ def as_json(case: Case) -> dict[str, Any]:
     limits = {str(cells): case.limits(cells) for cells in CELLS}
     shares = {str(cells): case.share(cells) for cells in CELLS}
     told = {"clips": len(case.job.paths), "settings": case.settings}
-    return {**told, **measured, "limits": limits, "share_of_limit": shares, "runs": runs}
+    told |= {"limits": limits, "share_of_limit": shares}
+    told |= {"share_of_pairs": {str(cells): case.share_of_pairs(cells) for cells in CELLS}}
+    return {**told, **measured, "runs": runs}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -110,9 +110,11 @@ class DctVideo:
         latent = np.empty((count, kept, rows, columns), dtype=np.float32)
         whole = TILE_ROWS // math.gcd(TILE_ROWS, rows * columns)
         step = max(PIECE_VALUES // (whole * rows * columns * values), 1) * whole
+        held = np.empty((min(step, count) * rows * columns, values), dtype=np.float32)
         for first in range(0, count, step):
             piece = blocks[first : first + step]
-            flat = piece.reshape(len(piece) * rows * columns, values).astype(np.float32)
+            flat = held[: len(piece) * rows * columns]
+            flat[:] = piece.reshape(flat.shape)
             flat /= 255
             flat -= 0.5
             product = (flat @ self.forward.T).reshape(len(piece), rows, columns, kept)

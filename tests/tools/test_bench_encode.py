@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from pipeline.config import EncodeConfig, column_specs
 from pipeline.settings import load
-from tools import bench_encode
+from tools import bench_encode, stage_rates
 from tools.bench_encode import CELLS, Case, Measured
 from tools.bouncing import ClipSettings
 from tools.contenders import Task
@@ -21,7 +22,14 @@ from tools.make_clips import make_clips
 from tools.peers_encode import PeerJob, check_tars, loop
 from tools.process_memory import Peak, PeakMemory, role_of
 from tools.side_by_side import Lane, Timing, run_side_by_side
-from tools.stage_rates import StageJob, codecs_only, decode_only, repeated, whole_clips
+from tools.stage_rates import (
+    StageJob,
+    codecs_only,
+    decode_only,
+    pairs_only,
+    repeated,
+    whole_clips,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,20 @@ def test_stages_alone_do_all_their_clips(job):
     assert codecs.num_clips == 12 and codecs.clips_per_s > 0
 
 
+def test_codecs_of_pairs_encode_whole_batches_of_what_is_decoded(job):
+    config = replace(job.config, video=replace(job.config.video, batch=2))
+    pairs = pairs_only(replace(job, config=config), 2)
+    assert [lane.num_clips for lane in pairs.lanes] == [4, 4]
+    assert pairs.clips_per_s > 0
+
+
+def test_half_of_a_pair_without_the_other_ends(job, monkeypatch):
+    monkeypatch.setattr(stage_rates, "PARTNER_TIMEOUT_S", 0.01)
+    work = stage_rates._encoding_half(job, threading.Semaphore(0), threading.Semaphore(1))
+    with pytest.raises(RuntimeError, match="nothing heard of the other half"):
+        next(work())
+
+
 def test_the_loop_writes_every_clip_once_and_less_would_be_noticed(job, tmp_path):
     tasks = tuple(Task(path, 2.0, (256, 256)) for path in job.paths)
     peer = PeerJob(tasks, job.specs, str(tmp_path / "tars"), shard_size=2)
@@ -105,15 +127,15 @@ def measured(rate):
     return Measured("", rates=[rate], overall=[rate])
 
 
-def test_the_least_limit_counts(job, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_encode, "num_cpus", lambda: 2)
+def test_the_least_limit_counts(job, tmp_path):
     case = Case("", job, tmp_path, [])
     case.decoding = {1: measured(4.0), 2: measured(8.0)}
     case.codecs = {1: measured(4.0), 2: measured(6.0)}
+    case.pairs = {1: measured(4.0), 2: measured(3.75)}
     case.ours = {1: measured(3.0), 2: measured(3.0)}
-    assert case.limits(1) == {"decoders": 4.0, "codecs": 4.0, "CPUs": 4.0}
-    assert case.limits(2) == {"decoders": 8.0, "codecs": 6.0, "CPUs": 4.0}  # four want two CPUs
-    assert case.share(1) == case.share(2) == 0.75
+    assert case.limits(2) == {"decoders": 8.0, "codecs": 6.0}
+    assert (case.share(1), case.share(2)) == (0.75, 0.5)
+    assert (case.share_of_pairs(1), case.share_of_pairs(2)) == (0.75, 0.8)
     assert Measured("", rates=[1.0, 9.0, 2.0]).clips_per_s == 2.0
 
 
@@ -174,7 +196,7 @@ def test_all_contenders_do_the_same_work(clips, tmp_path, capsys):
             assert one["problem"] == "" and one["rates"][0] > 0, one
         assert len(case["ours"]) == len(CELLS) and len(case["peers"]) == 2
         for cells in map(str, CELLS):
-            assert case["share_of_limit"][cells] > 0
+            assert case["share_of_limit"][cells] > 0 < case["share_of_pairs"][cells]
             roles = case["runs"][cells]["memory"]
             assert roles["ray::DecoderActor"]["processes"] == int(cells)
             assert roles["ray::EncoderActor"]["resident"] > 50e6
