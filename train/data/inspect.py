@@ -1,7 +1,7 @@
 """``python -m train.data.inspect --data DIR``: what a training run would see of a data set.
 
 Columns, clips that can be used and why others can't, shapes, steps per epoch, the first batches
-and the statistics that latents are scaled by. Reads all commit records and indices, no payload.
+and the statistics that latents are scaled by. No payload is read but the empty caption.
 """
 
 from __future__ import annotations
