@@ -49,8 +49,11 @@ def payloads_of(dataset: Dataset, shard: int, seen: Seen | None = None) -> Shard
 
 
 def read(payloads: ShardPayloads, row: int, first: int, num_latents: int) -> np.ndarray:
-    out = np.empty(num_latents * VIDEO_LATENT_BYTES, np.uint8)
-    payloads.read_span(row, first, VIDEO_LATENT_BYTES, out)
+    out, start = np.empty(num_latents * VIDEO_LATENT_BYTES, np.uint8), first * VIDEO_LATENT_BYTES
+    if (offset := payloads.checked_offset(row)) is None:
+        payloads.read_checked(row, start, out)
+    else:
+        payloads.tar.read_into(out, offset + start)
     return out.view(np.float16).reshape(num_latents, 2, 3, 3)
 
 

@@ -39,5 +39,6 @@ class Workers:
             thread.join(max(0.0, give_up - time.monotonic()))
 
     def _work(self) -> None:
-        for call in iter(self._calls.get, None):
+        while (call := self._calls.get()) is not None:
             call()
+            del call  # what it refers to may be waited for: memory of a batch, the hold of a copy

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from functools import lru_cache
 
 import numpy as np
@@ -19,35 +18,45 @@ OPEN_TARS = 64  # of one data set's text column
 
 
 class CaptionCache:
-    """Captions of all data sets, the least recently used dropped first; safe in threads.
+    """Captions of all data sets, those that were not used for long dropped first; safe in threads.
+
+    Two dictionaries instead of a list by use: what is found takes no lock. Captions go into the
+    young one, and those used again come back into it; once it holds half of the capacity, it
+    becomes the old one, and the old one goes.
 
     Args:
-        capacity_bytes: of all of them together.
+        capacity_bytes: of all of them together; the largest that is read may be more.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
-        self._captions: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._young: dict[tuple[int, int], np.ndarray] = {}
+        self._old: dict[tuple[int, int], np.ndarray] = {}
+        self._young_bytes = 0
         self._lock = threading.Lock()
-        self.num_bytes = 0
 
     def get(self, name: tuple[int, int]) -> np.ndarray | None:
         """Return a caption by (number of the data set, row), or None where it is not kept."""
-        with self._lock:
-            if (caption := self._captions.get(name)) is not None:
-                self._captions.move_to_end(name)
+        if (caption := self._young.get(name)) is not None:
             return caption
+        if (caption := self._old.get(name)) is not None:
+            self.put(name, caption)
+        return caption
 
     def put(self, name: tuple[int, int], caption: np.ndarray) -> None:
-        """Keep a caption, and drop others where there is no room."""
+        """Keep a caption."""
         with self._lock:
-            if name in self._captions:  # two threads have read it at once
+            if name in self._young:  # two threads have read it at once
                 return
-            self._captions[name] = caption
-            self.num_bytes += caption.nbytes
-            while self.num_bytes > self._capacity_bytes:
-                _, dropped = self._captions.popitem(last=False)
-                self.num_bytes -= dropped.nbytes
+            if self._young and self._young_bytes + caption.nbytes > self._capacity_bytes // 2:
+                self._old, self._young, self._young_bytes = self._young, {}, 0
+            self._young[name] = caption
+            self._young_bytes += caption.nbytes
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all captions that are kept; of one in both dictionaries once."""
+        return sum(caption.nbytes for caption in (self._old | self._young).values())
 
 
 class Captions:

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
+import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline.files import is_local
 from pipeline.settings import ConfigError
 from train.data.background import Workers
+from train.data.captions import OPEN_TARS
 from train.data.lookahead import Lookahead
 from train.data.micro_batch import Draft, Drafting
 from train.data.open_shard import OpenShard, ShardOpener
-from train.data.order import wraps
+from train.data.part import Part
+from train.data.progress import position, warn_of_few_clips
 from train.data.retry import LoaderClosed, Patience
 from train.data.row_reader import RowReader
 from train.data.shard_files import ShardFiles, allow_open_files
-from train.data.stream import Cursor, Stream
+from train.data.stream import Cursor, GlobalBatch, Stream
 from train.data.view import View
 from train.errors import ResumeError
 from train.latents import LatentBatch
@@ -88,23 +91,27 @@ class LatentLoader:
             tail=config.tail,
             seed=seed,
         )
-        self._warn_of_small_buckets()
-        self._num_ahead = 2 * config.window_shards  # one window that is read from, and the next
+        if rank == 0:
+            warn_of_few_clips(view, self._stream, global_batch)
+        self._num_ahead = max(map(self._shards_ahead, view.parts))
         num_open = sum(min(self._num_ahead, len(part.counts)) for part in view.parts)
         # Video and audio of each, of a remote one the hold of the copy too; and captions.
-        allow_open_files(4 * num_open + 64 * len(view.parts))
+        allow_open_files(4 * num_open + OPEN_TARS * len(view.parts))
         self._closing = threading.Event()
         patience = Patience(config.retry_s, self._closing)
         self._files = ShardFiles(config.cache_dir, int(config.cache_gb * 1e9), self._closing)
-        self._opener = ShardOpener(view, self._files, patience)
+        self._opener = ShardOpener(view, self._files, patience, self._num_ahead)
         self._reader = RowReader(view, seed, patience)
         self._drafting = Drafting(view, seed, torch.device(device))
         self._workers = Workers(config.read_threads, "loader")
+        self._closers: list[Workers | Lookahead[OpenShard]] = [self._workers]
         self._pending: deque[Draft] = deque()
         self._cursor = self._stream.start()  # behind the last step that was yielded whole
         self._num_yielded = 0  # micro-batches of the step since
         self._shards: Lookahead[OpenShard] | None = None
         self._failure: Exception | None = None
+        # Of a loader that nobody closes, too: threads must not outlive the interpreter.
+        self._end = weakref.finalize(self, end, self._closing, self._closers)
 
     # -- batches
 
@@ -116,9 +123,8 @@ class LatentLoader:
 
     def close(self) -> None:
         """End the threads and close the tars; those that wait for a file are left alone."""
-        self._closing.set()
-        self._forget()
-        self._workers.close()
+        self._end()
+        self._pending.clear()
         self._reader.close()
 
     def __iter__(self) -> Iterator[LatentBatch]:
@@ -134,12 +140,12 @@ class LatentLoader:
         """
         self._wait(1)
         draft = self._pending.popleft()
-        self._read_ahead()
         self._num_yielded += 1
         if self._num_yielded == self._accumulation:
             self._num_yielded, self._cursor = 0, draft.batch.cursor
             assert self._shards is not None
             self._shards.advance(self._cursor.samples)
+        self._read_ahead()
         return self._drafting.finish(draft)
 
     def wait_step(self) -> None:
@@ -213,16 +219,7 @@ class LatentLoader:
         Raises:
             FormatError, OSError: the shards of the next batch can't be read.
         """
-        batch = next(self._stream.batches(self._cursor))
-        part = self._view.parts[batch.part]
-        keys = []
-        for row in batch.rows[:3].tolist():
-            shard = int(np.searchsorted(part.first_rows, row, side="right")) - 1
-            keys.append(part.shard_rows(shard).keys[row - int(part.first_rows[shard])])
-        place, now = batch.cursor.places[batch.part], self._cursor.places[batch.part]
-        done = sum(now.consumed) if now.epoch == place.epoch else 0
-        of = f" of {part.root}" if len(self._view.parts) > 1 else ""
-        return f"epoch {place.epoch}{of}, clip {done} of {part.num_clips}; next {', '.join(keys)}"
+        return position(self._view, self._stream, self._cursor)
 
     def _identity(self) -> dict[str, Any]:
         view = self._view
@@ -244,19 +241,33 @@ class LatentLoader:
         """Have threads read until enough steps are on their way."""
         if self._shards is None:
             self._shards = self._look_ahead()
-        num_ahead = self._view.config.prefetch_steps * self._accumulation
-        while len(self._pending) + self._accumulation <= num_ahead and self._failure is None:
+        num_drafts = self._view.config.prefetch_steps * self._accumulation
+        while len(self._pending) + self._accumulation <= num_drafts and self._failure is None:
             try:
-                self._submit(self._shards)
+                # What is not needed yet must not claim more shards than may be ready at once.
+                batch = self._shards.next_batch(is_needed=not self._pending)
             except Exception as error:  # of the stream; raised in its place, behind what is there
                 self._failure = error
+                return
+            if batch is None:
+                return
+            self._submit(batch, self._shards)
+
+    def _shards_ahead(self, part: Part) -> int:
+        """Return how many shards are ready at once: the window that is read, and the next.
+
+        A global batch larger than a window needs several of them.
+        """
+        window = self._view.config.window_shards
+        rows_per_window = window * part.num_clips / len(part.counts)
+        return window * max(2, math.ceil(self._global_batch / rows_per_window) + 1)
 
     def _look_ahead(self) -> Lookahead[OpenShard]:
         is_remote = not all(is_local(part.root) for part in self._view.parts)
         rows_ahead = self._num_ahead * max(
             int(part.counts.sum(axis=1).max()) for part in self._view.parts
         )
-        return Lookahead(
+        shards = Lookahead(
             self._stream,
             self._cursor,
             self._opener.open,
@@ -264,10 +275,11 @@ class LatentLoader:
             rows_ahead=rows_ahead,
             num_threads=FETCHES if is_remote else 1,
         )
+        self._closers.insert(0, shards)
+        return shards
 
-    def _submit(self, shards: Lookahead[OpenShard]) -> None:
-        """Have threads read this rank's share of the next global batch."""
-        batch = shards.next_batch()
+    def _submit(self, batch: GlobalBatch, shards: Lookahead[OpenShard]) -> None:
+        """Have threads read this rank's share of a global batch."""
         size = self._micro_batch
         num_rows = -(-size // self._view.config.read_threads)  # for each thread
         for micro_step in range(self._accumulation):
@@ -284,26 +296,12 @@ class LatentLoader:
         self._num_yielded, self._failure = 0, None
         if self._shards is not None:
             self._shards.close()
+            self._closers.remove(self._shards)
             self._shards = None
 
-    def _warn_of_small_buckets(self) -> None:
-        """Say which clips come more often than once an epoch, or never."""
-        size, tail = self._global_batch, self._view.config.tail
-        for part, num_rows in zip(self._view.parts, self._stream.num_rows, strict=True):
-            num_few = int(num_rows[num_rows < size].sum())
-            if num_few and wraps(num_rows, size, tail):
-                log.warning(
-                    "%s: %d clips are of shapes that have fewer than the global batch of %d: some "
-                    "are repeated within a step",
-                    part.root,
-                    num_few,
-                    size,
-                )
-            elif num_few:
-                log.warning(
-                    "%s: %d clips are never trained on: those of their shape are fewer than the "
-                    "global batch of %d; lower global_batch, or set data.tail=wrap",
-                    part.root,
-                    num_few,
-                    size,
-                )
+
+def end(closing: threading.Event, closers: Sequence[Workers | Lookahead[OpenShard]]) -> None:
+    """End what is read, and the threads that read it."""
+    closing.set()
+    for closer in closers:
+        closer.close()

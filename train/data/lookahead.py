@@ -69,23 +69,28 @@ class Lookahead(Generic[Ready]):
         self._walker = Workers(1, "stream")
         self._walker.put(partial(self._walk, start))
 
-    def next_batch(self) -> GlobalBatch:
-        """Return the next global batch.
+    def next_batch(self, is_needed: bool) -> GlobalBatch | None:
+        """Return the next global batch; None where it isn't there yet.
+
+        Args:
+            is_needed: wait for it, and have its shards made ready however many others are.
 
         Raises:
             Exception: what the stream raised, at every call.
             LoaderClosed: this was closed meanwhile.
         """
         with self._changed:
-            if not self._batches:
+            if not self._batches and is_needed:
                 self._is_asked = True
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._batches or self._error or self._is_closed)
                 self._is_asked = False
             if self._is_closed:
                 raise LoaderClosed("the loader was closed")
-            if not self._batches and self._error:
-                raise self._error
+            if not self._batches:
+                if self._error:
+                    raise self._error
+                return None
             batch = self._batches.popleft()
             # Half of them at a time, so that the threads change places rarely.
             if self._is_full and 2 * len(self._batches) * len(batch.rows) <= self._rows_ahead:

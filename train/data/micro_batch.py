@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from train.data.batch_memory import BatchMemory
-from train.data.part import CLIP_MODALITIES
+from train.data.classes import CLIP_MODALITIES
 from train.data.posterior import sample_posterior
 from train.data.stream import GlobalBatch
 from train.data.view import View
@@ -75,6 +75,12 @@ class Draft:
                 self.latent_bytes[name] = rows.shape[1] // tensor.shape[1]
                 self.rows_of[name] = list(rows)
 
+    def clear(self, place: int) -> None:
+        """Forget what was noted of a sample."""
+        self.audio_start_s[place] = 0
+        for has in self.has.values():
+            has[place] = True
+
     def note_read(self, num_samples: int, error: BaseException | None) -> None:
         """Note that some samples are filled, or why they are not."""
         with self._lock:
@@ -105,6 +111,7 @@ class Drafting:
 
     def __init__(self, view: View, seed: int, device: torch.device) -> None:
         self._view, self._seed, self._device = view, seed, device
+        self._text_width = view.text_width
         self._memory = BatchMemory(is_pinned=device.type == "cuda")
         self._is_moments = {
             name: view.parts[0].opened[name].spec.stores_moments for name in CLIP_MODALITIES
@@ -151,14 +158,14 @@ class Drafting:
 
     def _pad(self, captions: list[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return captions side by side, float16 [B, S, D], and which tokens are real, [B, S]."""
-        lengths = np.array([len(caption) for caption in captions])
-        longest = -(-int(lengths.max()) // TEXT_MULTIPLE) * TEXT_MULTIPLE
-        text = self._memory.take((len(captions), longest, self._view.text_width))
+        lengths = [len(caption) for caption in captions]
+        longest = -(-max(lengths) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+        text = self._memory.take((len(captions), longest, self._text_width))
         padded = text.numpy()
-        for row, caption in zip(padded, captions, strict=True):
-            row[: len(caption)] = caption
-            row[len(caption) :] = 0
-        return text, torch.from_numpy(np.arange(longest) < lengths[:, None])
+        padded[:, min(lengths) :] = 0
+        for place, caption in enumerate(captions):
+            padded[place, : lengths[place]] = caption
+        return text, torch.from_numpy(np.arange(longest) < np.array(lengths)[:, None])
 
     def _sampled(self, batch: LatentBatch) -> LatentBatch:
         """Draw latents from the posteriors of what is stored as moments."""

@@ -11,9 +11,10 @@ import numpy as np
 from pipeline.files import is_local
 from pipeline.records import repair
 from pipeline.settings import ConfigError
+from train.data.classes import CLIP_MODALITIES
 from train.data.crops import num_starts
 from train.data.lookahead import ShardPlace
-from train.data.part import CLIP_MODALITIES, Part, ShardRows
+from train.data.part import Part, ShardRows
 from train.data.payload import Seen, ShardPayloads
 from train.data.retry import Patience
 from train.data.shard_files import ShardFiles
@@ -51,10 +52,12 @@ class ShardOpener:
         view: the view.
         files: opens tars.
         patience: how long to try again.
+        num_ahead: shards of one data set that are open at once.
     """
 
-    def __init__(self, view: View, files: ShardFiles, patience: Patience) -> None:
+    def __init__(self, view: View, files: ShardFiles, patience: Patience, num_ahead: int) -> None:
         self._view, self._files, self._patience = view, files, patience
+        self._num_ahead = num_ahead
         columns = [part.opened[name] for part in view.parts for name in CLIP_MODALITIES]
         self._is_croppable = all(column.spec.croppable for column in columns)
         self._seen: list[dict[str, Seen | None]] = [self._new_seen(part) for part in view.parts]
@@ -120,22 +123,23 @@ class ShardOpener:
         )
 
     def _check_room(self, number: int, rows: ShardRows) -> None:
-        """Check that the cache holds two windows of every remote data set.
+        """Check that the cache holds all copies that are open at once: two windows of shards.
 
         Raises:
             ConfigError: it can't; tells what it should hold.
         """
-        nbytes, window = sum(rows.tar_bytes.values()), self._view.config.window_shards
+        nbytes = sum(rows.tar_bytes.values())
         with self._measuring:
             self._largest[number] = max(nbytes, self._largest.get(number, 0))
             needed = sum(
-                min(2 * window, len(self._view.parts[part].counts)) * largest
+                min(self._num_ahead, len(self._view.parts[part].counts)) * largest
                 for part, largest in self._largest.items()
             )
         if needed > self._files.cache_bytes:
+            config = self._view.config
             raise ConfigError(
-                f"data.cache_gb={self._view.config.cache_gb:g} can't hold two windows of "
-                f"data.window_shards={window} remote shards, of up to {nbytes / 1e9:.3g} GB each; "
-                f"set data.cache_gb to {needed * 1.1 / 1e9:.3g} or more, or lower "
-                "data.window_shards"
+                f"data.cache_gb={config.cache_gb:g} can't hold the remote shards that are open at "
+                f"once: two windows of data.window_shards={config.window_shards}, or what a global "
+                f"batch needs, here {self._num_ahead} shards of {nbytes / 1e9:.3g} GB; set "
+                f"data.cache_gb to {needed * 1.1 / 1e9:.3g} or more, or lower data.window_shards"
             )

@@ -54,7 +54,7 @@ _SCRATCH = _Scratch()
 
 
 class ShardPayloads:
-    """The arrays of one shard in one column. Safe in threads.
+    """The arrays of one shard in one column, and which of them were checked. Safe in threads.
 
     Args:
         tar: the shard's.
@@ -78,41 +78,31 @@ class ShardPayloads:
         self._seen, self._first_row = seen, first_row
         # Views: to pick a number from one takes a tenth of the time that a record takes.
         self._offset, self._nbytes = index["offset"], index["nbytes"]
-        self._latents = index["shape"][:, 0]
 
-    def num_latents(self, row: int) -> int:
-        """Return the length of a row along its first axis."""
-        return self._latents.item(row)
+    def checked_offset(self, row: int) -> int | None:
+        """Return where a row's array lies in the tar, None while it has to be checked."""
+        if self._seen is None or self._first_row + row not in self._seen:
+            return None
+        return self._offset.item(row)
 
-    def read_span(self, row: int, first: int, latent_bytes: int, out: np.ndarray) -> None:
-        """Fill ``out`` with the latents of a row from number ``first`` on.
-
-        The first time a row is read its whole array is checked.
-
-        Args:
-            row: number in the shard.
-            first: first latent of the span.
-            latent_bytes: bytes of one latent.
-            out: uint8, C-contiguous; a whole number of latents.
+    def read_checked(self, row: int, start: int, out: np.ndarray) -> None:
+        """Read a row's whole array, check it, and fill ``out`` with its bytes from ``start`` on.
 
         Raises:
             DamagedPayload: the crc32c is wrong.
             FormatError: the tar is missing, cut short, or another shard's.
         """
-        if self._seen is not None and self._first_row + row in self._seen:
-            self.tar.read_into(out, self._offset.item(row) + first * latent_bytes)
-            return
         nbytes = self._nbytes.item(row)
         if nbytes == len(out):
-            self._read_checked(row, out)
+            self._read_whole(row, out)
         else:
             whole = _SCRATCH.take(nbytes)
-            self._read_checked(row, whole)
-            out[:] = whole[first * latent_bytes :][: len(out)]
+            self._read_whole(row, whole)
+            out[:] = whole[start:][: len(out)]
         if self._seen is not None:
             self._seen.add(self._first_row + row)
 
-    def _read_checked(self, row: int, whole: np.ndarray) -> None:
+    def _read_whole(self, row: int, whole: np.ndarray) -> None:
         self.tar.read_into(whole, self._offset.item(row))
         expected, name = int(self._index["crc32c"][row]), f"row {row} ({self._keys[row]})"
         try:

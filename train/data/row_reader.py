@@ -19,10 +19,13 @@ from train.data.micro_batch import Draft
 from train.data.open_shard import OpenShard
 from train.data.payload import DamagedPayload
 from train.data.retry import Patience
+from train.data.tar_bytes import PatientTar
 from train.data.view import View
 from train.rng import uniform
 
 log = logging.getLogger(__name__)
+
+Read = tuple[PatientTar, np.ndarray, int]  # of which tar, into what, from which byte on
 
 
 class RowReader:
@@ -58,45 +61,28 @@ class RowReader:
         error = None
         try:
             draft.open()
-            batch = draft.batch
-            rows = batch.rows[draft.first + begin : draft.first + end]
-            first_rows = self._view.parts[batch.part].first_rows
-            numbers = np.searchsorted(first_rows, rows, side="right") - 1
+            part = draft.batch.part
+            rows = draft.batch.rows[draft.first + begin : draft.first + end]
+            reads: list[Read] = []
             for place, row, shard in zip(
-                range(begin, end), rows.tolist(), numbers.tolist(), strict=True
+                range(begin, end), rows.tolist(), self._shards_of(part, rows), strict=True
             ):
+                num_before = len(reads)
                 try:
-                    self._read(draft, place, row, shards.get(batch.part, shard))
+                    self._read(draft, place, row, shards.get(part, shard), reads)
                 except DamagedPayload as damage:
+                    del reads[num_before:]
                     self._substitute(draft, place, shards, damage)
+            # All in one loop: each read pushes the rest of the program out of the CPU's cache.
+            for tar, out, offset in reads:
+                tar.read_into(out, offset)
         except BaseException as raised:
             error = raised
         draft.note_read(end - begin, error)
 
-    def _read(self, draft: Draft, place: int, row: int, shard: OpenShard) -> None:
-        """Fill one sample with a row."""
-        row -= shard.first_row
-        caption = self._captions[draft.batch.part].read(shard.text_rows.item(row))
-        has_audio = shard.has["audio"].item(row)
-        video_first = audio_first = 0
-        if (starts := shard.num_starts.item(row)) > 1:
-            sample = draft.batch.first_sample + draft.first + place
-            video_first = int(uniform(self._seed, "crop", sample) * starts)
-            audio_first = audio_start(self._video, self._audio, video_first)
-            if has_audio:
-                last = shard.num_latents["audio"].item(row) - self._audio.shape[0]
-                audio_first = min(audio_first, last)
-        for name, first in (("video", video_first), ("audio", audio_first)):
-            out = draft.rows_of[name][place]
-            draft.has[name][place] = has = shard.has[name].item(row)
-            if has:
-                shard.payloads[name].read_span(row, first, draft.latent_bytes[name], out)
-            else:
-                out[:] = 0
-        draft.keys[place], draft.captions[place] = shard.keys[row], caption
-        draft.audio_start_s[place] = (
-            audio_first / self._audio.rate_hz - video_first / self._video.rate_hz
-        )
+    def _shards_of(self, part: int, rows: np.ndarray) -> list[int]:
+        first_rows = self._view.parts[part].first_rows
+        return (first_rows.searchsorted(rows, side="right") - 1).tolist()
 
     def _substitute(
         self, draft: Draft, place: int, shards: Lookahead[OpenShard], damage: DamagedPayload
@@ -106,24 +92,57 @@ class RowReader:
         Raises:
             FormatError: there is none, or there is too much damage.
         """
-        batch, number = draft.batch, draft.first + place
-        first_rows = self._view.parts[batch.part].first_rows
         self._note(damage)
-        for row in np.roll(batch.rows, -number)[1:].tolist():
-            shard = int(np.searchsorted(first_rows, row, side="right")) - 1
+        part = draft.batch.part
+        others = np.roll(draft.batch.rows, -draft.first - place)[1:]
+        for row, shard in zip(others.tolist(), self._shards_of(part, others), strict=True):
+            reads: list[Read] = []
+            draft.clear(place)
             try:
-                self._read(draft, place, row, shards.get(batch.part, shard))
+                self._read(draft, place, row, shards.get(part, shard), reads)
             except DamagedPayload as another:
                 damage = another
                 self._note(damage)
                 continue
+            for tar, out, offset in reads:
+                tar.read_into(out, offset)
             with self._noting:
                 self.num_substituted += 1
             return
         raise FormatError(
-            f"all {len(batch.rows)} clips of a batch are damaged; the last: {damage}. "
+            f"all {len(draft.batch.rows)} clips of a batch are damaged; the last: {damage}. "
             f"{self._mending()}"
         )
+
+    def _read(
+        self, draft: Draft, place: int, row: int, shard: OpenShard, reads: list[Read]
+    ) -> None:
+        """Fill one sample with a row; what is known to be sound is only noted in ``reads``."""
+        row -= shard.first_row
+        caption = self._captions[draft.batch.part].read(shard.text_rows.item(row))
+        video_first = audio_first = 0
+        if (starts := shard.num_starts.item(row)) > 1:
+            sample = draft.batch.first_sample + draft.first + place
+            video_first = int(uniform(self._seed, "crop", sample) * starts)
+            audio_first = audio_start(self._video, self._audio, video_first)
+            if shard.has["audio"].item(row):
+                last = shard.num_latents["audio"].item(row) - self._audio.shape[0]
+                audio_first = min(audio_first, last)
+            draft.audio_start_s[place] = (
+                audio_first / self._audio.rate_hz - video_first / self._video.rate_hz
+            )
+        for name, first in (("video", video_first), ("audio", audio_first)):
+            out, payloads = draft.rows_of[name][place], shard.payloads[name]
+            if not shard.has[name].item(row):
+                draft.has[name][place] = False
+                out[:] = 0
+                continue
+            start = first * draft.latent_bytes[name]
+            if (offset := payloads.checked_offset(row)) is None:
+                payloads.read_checked(row, start, out)
+            else:
+                reads.append((payloads.tar, out, offset + start))
+        draft.keys[place], draft.captions[place] = shard.keys[row], caption
 
     def _note(self, damage: DamagedPayload) -> None:
         """Log a damaged payload once.

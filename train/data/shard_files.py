@@ -82,7 +82,10 @@ class ShardFiles:
             if self._closing.is_set():
                 raise LoaderClosed
             wanted = min(REQUEST_BYTES, tar.nbytes - start)
-            data = read_range(tar.path, start, wanted)
+            try:
+                data = read_range(tar.path, start, wanted)
+            except FileNotFoundError:  # which of a file in the cache would mean something else
+                raise OSError(f"there is no {tar.path.name}") from None
             with self._counting:
                 self.num_fetched_bytes += len(data)
             if len(data) != wanted:
