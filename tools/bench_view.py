@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tools.made_up_view import MadeUpView, key_of, write_view
+from tools.process_memory import memory_bytes
 from train.data import DataConfig, LatentLoader, open_view
 from train.data.stream import Cursor, Place, Stream
 from train.latents import LatentBatch
@@ -149,8 +149,9 @@ def first_batch(loader: LatentLoader, cursor: dict[str, Any]) -> LatentBatch:
 
 def stage(name: str, seconds: float | None) -> dict[str, Any]:
     """Return a stage, with the peak of this process's memory until now."""
-    peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"name": name, "seconds": seconds, "peak_rss_mb": peak_kb * 1024 / 1e6}
+    # Not ru_maxrss: the kernel hands the parent's on to a process that it starts.
+    peak_bytes = memory_bytes(os.getpid(), "VmHWM") or 0
+    return {"name": name, "seconds": seconds, "peak_rss_mb": peak_bytes / 1e6}
 
 
 def timed(work: Callable[[], Result]) -> tuple[Result, float]:
