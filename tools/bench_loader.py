@@ -240,7 +240,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=1024, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="rows, default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="warm epochs, default: %(default)s")
-    parser.add_argument("--cold-rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--cold-rounds", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--only", type=choose, default=choose(""), help="contenders, joined by ;")
     parser.add_argument("--folder", type=Path, help="for data and peers; kept (default: temporary)")
     parser.add_argument("--peers-env", type=Path, help="virtual environment of the peers; kept")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,14 +23,12 @@ def _open_view(job: Job, verify_crc: Literal["first", "always"]) -> Any:
     """Open our data set as a trainer would; its census is made anew by every process."""
     from train.data import DataConfig, open_view
 
-    cache = tempfile.mkdtemp(prefix="cache-", dir=job.folder.parent)
-    atexit.register(shutil.rmtree, cache)
     config = DataConfig(
         root=str(job.folder),
         seconds=job.rows.clip_s,
         heldout_share=0.0,
         verify_crc=verify_crc,
-        cache_dir=cache,
+        cache_dir=tempfile.mkdtemp(),
     )
     return open_view(config)
 

@@ -13,6 +13,7 @@ import resource
 import selectors
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -56,13 +57,11 @@ class Lane:
         log = checksums.parent / "logs" / f"{contender}-{job.num_workers}-{time.monotonic_ns()}"
         log.parent.mkdir(exist_ok=True)
         self._log = log
-        cache = str(job.folder.parent / "litdata-cache")
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "DATA_OPTIMIZER_CACHE_FOLDER": cache,
-            "DATA_OPTIMIZER_DATA_CACHE_FOLDER": cache,
-        }
+        # Some leave locks and sockets behind. A short path: those of sockets have a limit.
+        self._temporary = tempfile.TemporaryDirectory(prefix="loader-")
+        litdata = ("DATA_OPTIMIZER_CACHE_FOLDER", "DATA_OPTIMIZER_DATA_CACHE_FOLDER")
+        folders = dict.fromkeys(("TMPDIR", *litdata), self._temporary.name)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **folders}
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
                 [python, "-m", "tools.loader_lane", json.dumps(values)],
@@ -123,6 +122,7 @@ class Lane:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+        self._temporary.cleanup()
 
     def _end(self) -> str:
         code = self._process.wait(END_S)

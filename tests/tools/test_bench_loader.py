@@ -46,7 +46,6 @@ def test_who_works_is_measured_and_who_does_not_is_named(tmp_path, capsys):
         assert result.first_batch_s > 0 and result.peak_mb >= result.idle_mb > 50
     assert results[-1].of_preadv == 1
     assert list(ratios(results)) == ["webdataset (best shard format)", FOLDER, PREADV]
-    assert not list(tmp_path.glob("cache-*")), "our view's cache is left behind"
     print_table([*results, lacking])
     table = capsys.readouterr().out
     assert all(f"\n{name} " in table for name in names)
@@ -54,6 +53,7 @@ def test_who_works_is_measured_and_who_does_not_is_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_peers_read_every_row(tmp_path, capsys):
     try:
         peers_python(tmp_path / "peers")
