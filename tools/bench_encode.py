@@ -195,7 +195,7 @@ def print_case(case: Case) -> None:
         told = ", ".join(f"{name} {limit:.2f}" for name, limit in limits.items())
         shares = f"{case.share(cells):>14.2f}{case.share_of_pairs(cells):>10.2f}"
         pairs = f"pairs {case.pairs[cells].clips_per_s:.2f}"
-        print(_line(case.ours[cells]) + shares, f" ({bound}; {told}, {pairs})")
+        print(_line(case.ours[cells]) + shares, f" (limit: {bound}; {told}; {pairs})")
     for measured in case.peers.values():
         print(_line(measured))
     for cells, run in case.runs.items():
