@@ -283,7 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(found, indent=1))
     else:
         print(f"{rows.num_rows} rows of {rows.row_bytes / 1e3:.0f} kB, batch {options.batch}")
-        print_table(results)
+        print_table(results, rows.num_rows)
     return int(any(result.problem for result in results if result.contender.startswith(OURS)))
 
 

@@ -101,7 +101,7 @@ def ratios(results: Sequence[Result]) -> dict[str, float]:
     return {name: ratio(best[OURS], other) for name, other in others.items()}
 
 
-def print_table(results: Sequence[Result]) -> None:
+def print_table(results: Sequence[Result], num_rows: int) -> None:
     """Print what each contender came to."""
     print(
         f"\n{'':31s} |{'page cache warm':^58s}| cold\n{'':31s} |  rows/s  rows/CPU s"
@@ -111,7 +111,6 @@ def print_table(results: Sequence[Result]) -> None:
         if result.problem:
             print(f"{result.name:31s} | not compared: {result.problem}")
             continue
-        num_rows = result.rows_per_cpu_s * statistics.median(turn.cpu_s for turn in result.turns)
         rates = [num_rows / turn.cpu_s for turn in result.turns]
         spread = f"({min(rates):.0f} - {max(rates):.0f})"
         line = (

@@ -46,7 +46,7 @@ def test_who_works_is_measured_and_who_does_not_is_named(tmp_path, capsys):
         assert result.first_batch_s > 0 and result.peak_mb >= result.idle_mb > 50
     assert results[-1].of_preadv == 1
     assert list(ratios(results)) == ["webdataset (best shard format)", FOLDER, PREADV]
-    print_table([*results, lacking])
+    print_table([*results, lacking], ROWS.num_rows)
     table = capsys.readouterr().out
     assert all(f"\n{name} " in table for name in names)
     assert f"litdata                         | not compared: {lacking.problem}\n" in table
