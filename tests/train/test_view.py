@@ -346,6 +346,12 @@ def test_plan_rows_of_another_plan_are_refused(dataset: Dataset) -> None:
         view_of(dataset)
 
 
+def test_missing_plan_rows_are_named(dataset: Dataset) -> None:
+    (dataset.root / "plan.parquet").unlink()
+    with pytest.raises(FormatError, match=r"plan.parquet is missing; restore it"):
+        view_of(dataset)
+
+
 def test_plan_rows_in_another_order_are_refused(dataset: Dataset) -> None:
     path = dataset.root / "plan.parquet"
     table = pq.read_table(path)

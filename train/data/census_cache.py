@@ -2,7 +2,7 @@
 
 Invariants: what has a census's name is whole (made in ``.NAME.tmp`` and renamed); it is made under
 a flock, which the kernel drops with the process, so that what a killed one left is known as such.
-The name tells which data on disk and which selectiones it is of; other data have another.
+The name tells which data on disk and which clips are wanted; other data have another.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pipeline.files import NoRoomError, is_local, naming_a_full_disk, scan, sync_folder
-from pipeline.format import Column, Plan, canonical_json
+from pipeline.format import Column, FormatError, Plan, canonical_json
+from pipeline.plan_table import PLAN_NAME
 from pipeline.settings import ConfigError
 from train.data.census import CENSUS_VERSION, HEAD_NAME, Census, CensusWriter
 from train.data.classes import Selection
@@ -72,11 +73,15 @@ def census_folder(
 
     Raises:
         ConfigError: the cache can't be used.
+        FormatError: there is no plan.parquet.
         OSError: a folder can't be looked at.
     """
     text = selection.clip_filter.text if selection.clip_filter else None
     wanted = [selection.subset, selection.heldout_share, dict(selection.lengths), text]
-    found = (root / "plan.parquet").stat()
+    try:
+        found = (root / PLAN_NAME).stat()
+    except FileNotFoundError:
+        raise FormatError(f"{root / PLAN_NAME} is missing; restore it, or encode again") from None
     table = [found.st_size, repr(found.st_mtime)]
     folders = [column.path for column in opened.values()]
     if selection.clip_filter is not None and selection.clip_filter.facts:
@@ -188,6 +193,6 @@ def remove_unused(folder: Path) -> None:
         is_census = NAME.fullmatch(entry.name)
         with contextlib.suppress(OSError):
             if is_census and (entry / HEAD_NAME).stat().st_mtime < limit:
-                log.info("removing %s, unused since 30 days", entry)
+                log.info("removing %s, not opened for 30 days", entry)
                 shutil.rmtree(entry)
                 (folder / f".{entry.name}.lock").unlink(missing_ok=True)
