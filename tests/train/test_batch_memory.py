@@ -12,19 +12,21 @@ from hypothesis import strategies as st
 
 from train.data.batch_memory import BatchMemory
 
+CPU = torch.device("cpu")
+
 
 @given(st.lists(st.integers(1, 2000), min_size=1, max_size=3))
 def test_tensors_have_the_shape_asked_for(shape: list[int]) -> None:
     if math.prod(shape) > 1e7:
         shape = shape[:1]
-    tensor = BatchMemory(is_pinned=False).take(tuple(shape))
+    tensor = BatchMemory(CPU).take(tuple(shape))
     assert tensor.shape == tuple(shape)
     assert tensor.dtype == torch.float16
     assert tensor.is_contiguous()
 
 
 def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
-    memory = BatchMemory(is_pinned=False)
+    memory = BatchMemory(CPU)
     first = memory.take((4, 100))
     place, part = first.data_ptr(), first[1:3]
     del first
@@ -35,7 +37,7 @@ def test_memory_is_used_again_once_nothing_refers_to_it() -> None:
 
 
 def test_similar_sizes_share_memory() -> None:
-    memory = BatchMemory(is_pinned=False)
+    memory = BatchMemory(CPU)
     first = memory.take((1000,))
     place = first.data_ptr()
     del first
@@ -43,7 +45,7 @@ def test_similar_sizes_share_memory() -> None:
 
 
 def test_newest_memory_is_used_first() -> None:
-    memory = BatchMemory(is_pinned=False)
+    memory = BatchMemory(CPU)
     one, two = memory.take((500,)), memory.take((500,))
     place = two.data_ptr()
     del one
@@ -52,7 +54,7 @@ def test_newest_memory_is_used_first() -> None:
 
 
 def test_threads_never_share_memory() -> None:
-    memory, wrong = BatchMemory(is_pinned=False), []
+    memory, wrong = BatchMemory(CPU), []
 
     def work(number: int) -> None:
         for _ in range(500):
@@ -70,5 +72,5 @@ def test_threads_never_share_memory() -> None:
 
 
 @pytest.mark.gpu
-def test_pinned_memory_is_pinned() -> None:
-    assert BatchMemory(is_pinned=True).take((10,)).is_pinned()
+def test_memory_for_a_gpu_is_pinned() -> None:
+    assert BatchMemory(torch.device("cuda", 0)).take((10,)).is_pinned()

@@ -389,6 +389,23 @@ def test_moments_of_a_missing_modality_stay_zeros(tmp_path: Path) -> None:
     assert is_zero == [key == dataset.key(3) for key in batch.keys]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("moments", [frozenset(), frozenset({"video"})])
+def test_batches_on_a_gpu_are_those_on_the_cpu(tmp_path: Path, moments: frozenset[str]) -> None:
+    dataset = Dataset(tmp_path / "shards", num_clips=8, moments=moments).build()
+    view = view_of(dataset)
+    with loader_of(view) as here, loader_of(view, device="cuda") as there:
+        for _ in range(20):
+            one, two = next(here), next(there)
+            assert two.samples.device.type == "cpu" and one.keys == two.keys
+            for name, tensor in vars(two).items():
+                if not isinstance(tensor, torch.Tensor) or name == "samples":
+                    continue
+                assert tensor.is_cuda, name
+                if name not in moments:  # what is drawn on a GPU is another stream of numbers
+                    assert torch.equal(tensor.cpu(), getattr(one, name)), name
+
+
 # -- waiting and ending
 
 
@@ -498,3 +515,13 @@ def test_loader_needs_no_more_than_the_view(dataset: Dataset, view: View) -> Non
         for _ in range(6):
             first: LatentBatch = next(one)
             assert rows_of(first) == rows_of(next(two))
+
+
+def test_loader_that_nobody_closes_ends_its_threads(view: View) -> None:
+    before = threading.active_count()
+    loader = loader_of(view)
+    next(loader)
+    assert threading.active_count() > before
+    del loader
+    gc.collect()
+    assert threading.active_count() == before

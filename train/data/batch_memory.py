@@ -14,17 +14,20 @@ class BatchMemory:
     """Float16 tensors whose memory is used again once nothing refers to it any more.
 
     Args:
-        is_pinned: whether memory is pinned, for copies to a GPU.
+        device: where batches go; for a GPU memory is pinned.
     """
 
-    def __init__(self, is_pinned: bool) -> None:
-        self._is_pinned = is_pinned
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._free: dict[int, deque[np.ndarray]] = {}
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return an uninitialised CPU tensor; threads may call this at the same time."""
-        if self._is_pinned:  # torch keeps freed pinned memory, and waits for copies out of it
-            return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        if self._device.type == "cuda":
+            # Torch keeps freed pinned memory, and waits for copies out of it. A thread is on GPU 0
+            # unless told otherwise, and would take half a gigabyte there for a context.
+            with torch.cuda.device(self._device):
+                return torch.empty(shape, dtype=torch.float16, pin_memory=True)
         num_values = math.prod(shape)
         size = _size_class(num_values)
         free = self._free.setdefault(size, deque())

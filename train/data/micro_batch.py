@@ -110,9 +110,11 @@ class Drafting:
     """
 
     def __init__(self, view: View, seed: int, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is None:  # of this thread, not of those that read
+            device = torch.device("cuda", torch.cuda.current_device())
         self._view, self._seed, self._device = view, seed, device
         self._text_width = view.text_width
-        self._memory = BatchMemory(is_pinned=device.type == "cuda")
+        self._memory = BatchMemory(device)
         self._is_moments = {
             name: view.parts[0].opened[name].spec.stores_moments for name in CLIP_MODALITIES
         }
@@ -183,12 +185,12 @@ class Drafting:
 
 
 def to_device(batch: LatentBatch, device: torch.device) -> LatentBatch:
-    """Copy a batch to a GPU; the big tensors, which are pinned, without waiting.
+    """Copy a batch to a GPU without waiting: a copy from pageable memory would wait for the stream.
 
     ``samples`` stays: it seeds generators on the host, and reading it back would wait for the GPU.
     """
     tensors = {
-        name: value.to(device, non_blocking=value.is_pinned())
+        name: value.pin_memory().to(device, non_blocking=True)
         for name, value in vars(batch).items()
         if isinstance(value, torch.Tensor) and name != "samples"
     }
