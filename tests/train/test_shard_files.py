@@ -13,6 +13,7 @@ import google_crc32c
 import numpy as np
 import pytest
 
+from pipeline import media_cache
 from pipeline.data_root import open_root
 from pipeline.format import FormatError
 from pipeline.settings import ConfigError
@@ -144,8 +145,36 @@ def test_missing_remote_tar_is_an_error_that_may_pass(
 
 def test_tar_bigger_than_the_cache_names_the_setting(files: ShardFiles, remote: Any) -> None:
     facts = put(remote, nbytes=10**6)
-    with pytest.raises(ConfigError, match=rf"{facts.path}.*raise cache_gb"):
+    with pytest.raises(ConfigError, match=rf"{facts.path} has 0\.001 GB.*raise data\.cache_gb"):
         files.open(facts)
+
+
+def test_copy_waits_until_another_process_lets_go(
+    files: ShardFiles,
+    remote: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(media_cache, "WAIT_FOR_ROOM_S", 0.05)
+    other = ShardFiles(str(tmp_path / "cache"), files.cache_bytes, threading.Event())
+    held = [other.open(put(remote, number)) for number in range(3)]
+    timer = threading.Timer(0.3, held.clear)
+    timer.start()
+    assert content_of(files.open(put(remote, 3))) == CONTENT
+    timer.join()
+    assert "waiting for room for a copy of memory://column/000003.tar" in caplog.text
+
+
+def test_copy_that_never_finds_room_says_what_to_do(
+    files: ShardFiles, remote: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media_cache, "WAIT_FOR_ROOM_S", 0.05)
+    monkeypatch.setattr(shard_files, "WAIT_FOR_ROOM_S", 0.2)
+    held = [files.open(put(remote, number)) for number in range(3)]
+    with pytest.raises(ConfigError, match=r"000003\.tar: .* in use; raise cache_gb"):
+        files.open(put(remote, 3))
+    assert len(held) == 3
 
 
 def test_closing_ends_a_download_that_leaves_nothing(

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import resource
 import threading
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,7 +25,11 @@ from pipeline.settings import ConfigError
 from train.data.retry import LoaderClosed
 from train.data.tar_bytes import LocalTar, TarFacts
 
+log = logging.getLogger(__name__)
+
 REQUEST_BYTES = 16 << 20  # of one request for a part of a tar
+# For a copy: ranks that are behind, or in a pause of the training, hold what this one is past.
+WAIT_FOR_ROOM_S = 900.0
 SPARE_FILES = 256  # descriptors left to the rest of the process
 
 
@@ -56,12 +62,22 @@ class ShardFiles:
         """
         if is_local(tar.path):
             return LocalTar(tar, tar.path)
-        copy = self._cache.held(copy_name(tar), tar.nbytes, lambda file: self._fetch(tar, file))
-        try:
-            path = copy.__enter__()
-        except CacheError as error:
-            raise ConfigError(f"copy of {tar.path}: {error}") from None
-        return LocalTar(tar, path, hold=copy)
+        if tar.nbytes > self.cache_bytes:
+            raise ConfigError(
+                f"{tar.path} has {tar.nbytes / 1e9:.3g} GB, more than data.cache_gb="
+                f"{self.cache_bytes / 1e9:.3g}; raise data.cache_gb"
+            )
+        give_up = time.monotonic() + WAIT_FOR_ROOM_S
+        while True:
+            copy = self._cache.held(copy_name(tar), tar.nbytes, lambda file: self._fetch(tar, file))
+            try:
+                return LocalTar(tar, copy.__enter__(), hold=copy)
+            except CacheError as error:  # other processes hold copies that this one is past
+                if self._closing.is_set():
+                    raise LoaderClosed from None
+                if time.monotonic() > give_up:
+                    raise ConfigError(f"copy of {tar.path}: {error}") from None
+                log.warning("waiting for room for a copy of %s: %s", tar.path, error)
 
     def _fetch(self, tar: TarFacts, file: BinaryIO) -> None:
         """Write a tar's bytes into a file; once more where they are wrong on their way."""
