@@ -97,5 +97,11 @@ class DataConfig:
     @property
     def parts(self) -> tuple[PartConfig, ...]:
         """The data sets: those of ``mix``, or the one of ``root``."""
-        columns = {"video": self.video, "audio": self.audio, "text": self.text}
-        return self.mix or (PartConfig(root=self.root, filter=self.filter, **columns),)
+        only = PartConfig(
+            root=self.root,
+            video=self.video,
+            audio=self.audio,
+            text=self.text,
+            filter=self.filter,
+        )
+        return self.mix or (only,)
