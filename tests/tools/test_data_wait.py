@@ -7,7 +7,6 @@ import pytest
 
 from tools import data_wait
 
-
 pytestmark = pytest.mark.slow  # both start `deepspeed`
 
 
