@@ -480,8 +480,8 @@ def test_failed_clips_are_encoded_again_when_asked(clips, tmp_path):
 def test_help_lists_the_settings():
     command = [sys.executable, "-m", "pipeline.encode", "--help"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "shard_size: 512" in printed
-    assert "sample_rate: 16000" in printed
+    assert "  shard_size=512\n" in printed
+    assert "  audio.sample_rate=16000\n" in printed
 
 
 @pytest.mark.slow
