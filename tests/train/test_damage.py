@@ -273,7 +273,7 @@ def test_more_damage_than_allowed_stops_and_names_the_last_and_the_remedy(
     pattern = (
         rf"{max_damaged + 1} payloads are damaged, more than data.max_damaged={max_damaged}; the "
         rf"last: ({'|'.join(map(str, paths))}) row \d \(clip000\d\d\): crc32c is .*remove .*"
-        rf"pipeline.encode again.*pipeline.verify --full"
+        rf"pipeline.encode again.*pipeline.verify {dataset.root} --full"
     )
     with pytest.raises(FormatError, match=pattern):
         read_epochs(view)

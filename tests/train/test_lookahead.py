@@ -7,13 +7,14 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from train.data.captions import CaptionCache
-from train.data.lookahead import Lookahead, ShardPlace
+from train.data.lookahead import Lookahead, ShardPlace, shards_ahead
 from train.data.retry import LoaderClosed
 from train.data.stream import Stream
 
@@ -175,6 +176,26 @@ def test_close_wakes_up_who_waits() -> None:
         with pytest.raises(LoaderClosed):
             shards.next_batch(is_needed=True)
     assert len(failures) <= 1  # or it was ready before the close
+
+
+@pytest.mark.parametrize(
+    ("counts", "global_batch", "tail", "expected"),
+    [
+        ([[100]] * 50, 64, "drop", 4),  # two windows
+        ([[100]] * 50, 1000, "drop", 10 + 2),  # a batch larger than a window
+        ([[100, 2]] * 50, 64, "drop", 32 + 2),  # of a rare shape
+        ([[100, 0]] * 49 + [[100, 40]], 64, "drop", 4),  # of a shape that never fills a batch
+        ([[100, 0]] * 49 + [[100, 40]], 64, "wrap", 40 + 2),
+        ([[3]] * 5, 64, "drop", 5 + 2),  # every batch repeats rows
+    ],
+)
+def test_as_many_shards_are_open_as_a_batch_of_a_rare_shape_needs(
+    counts: list[list[int]], global_batch: int, tail: str, expected: int
+) -> None:
+    part = SimpleNamespace(counts=np.array(counts, np.int32))
+    config = SimpleNamespace(window_shards=2, tail=tail)
+    view: Any = SimpleNamespace(parts=(part,), config=config)
+    assert shards_ahead(view, global_batch) == expected
 
 
 # -- captions in memory

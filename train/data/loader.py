@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import threading
 import weakref
 from collections import deque
@@ -23,10 +22,9 @@ from pipeline.files import is_local
 from pipeline.settings import ConfigError
 from train.data.background import Workers
 from train.data.captions import OPEN_TARS
-from train.data.lookahead import Lookahead
+from train.data.lookahead import Lookahead, shards_ahead
 from train.data.micro_batch import Draft, Drafting
 from train.data.open_shard import OpenShard, ShardOpener
-from train.data.part import Part
 from train.data.progress import position, warn_of_few_clips
 from train.data.retry import LoaderClosed, Patience
 from train.data.row_reader import RowReader
@@ -93,7 +91,7 @@ class LatentLoader:
         )
         if rank == 0:
             warn_of_few_clips(view, self._stream, global_batch)
-        self._num_ahead = max(map(self._shards_ahead, view.parts))
+        self._num_ahead = shards_ahead(view, global_batch)
         num_open = sum(min(self._num_ahead, len(part.counts)) for part in view.parts)
         # Video and audio of each, of a remote one the hold of the copy too; and captions.
         allow_open_files(4 * num_open + OPEN_TARS * len(view.parts))
@@ -145,7 +143,7 @@ class LatentLoader:
             self._num_yielded, self._cursor = 0, draft.batch.cursor
             assert self._shards is not None
             self._shards.advance(self._cursor.samples)
-        self._read_ahead()
+        self._read_ahead(is_needed=False)
         return self._drafting.finish(draft)
 
     def wait_step(self) -> None:
@@ -214,7 +212,7 @@ class LatentLoader:
         log.info("data continues at %s", self.position())
 
     def position(self) -> str:
-        """Return where the stream is, for people: epoch, sample within it and the next keys.
+        """Return where the stream is, for people: epoch, clip within it and the next keys.
 
         Raises:
             FormatError, OSError: the shards of the next batch can't be read.
@@ -231,36 +229,31 @@ class LatentLoader:
         """Wait until the next micro-batches are read."""
         if self._closing.is_set():
             raise LoaderClosed("the loader was closed")
-        self._read_ahead()
+        self._read_ahead(is_needed=True)
         for draft in itertools.islice(self._pending, num_drafts):
             draft.wait()
         if len(self._pending) < num_drafts and self._failure is not None:
             raise self._failure
 
-    def _read_ahead(self) -> None:
-        """Have threads read until enough steps are on their way."""
+    def _read_ahead(self, is_needed: bool) -> None:
+        """Have threads read until enough steps are on their way.
+
+        Args:
+            is_needed: wait for a first one; what is not needed yet must neither hold up a batch nor
+                claim more shards than may be ready at once.
+        """
         if self._shards is None:
             self._shards = self._look_ahead()
         num_drafts = self._view.config.prefetch_steps * self._accumulation
         while len(self._pending) + self._accumulation <= num_drafts and self._failure is None:
             try:
-                # What is not needed yet must not claim more shards than may be ready at once.
-                batch = self._shards.next_batch(is_needed=not self._pending)
+                batch = self._shards.next_batch(is_needed and not self._pending)
             except Exception as error:  # of the stream; raised in its place, behind what is there
                 self._failure = error
                 return
             if batch is None:
                 return
             self._submit(batch, self._shards)
-
-    def _shards_ahead(self, part: Part) -> int:
-        """Return how many shards are ready at once: the window that is read, and the next.
-
-        A global batch larger than a window needs several of them.
-        """
-        window = self._view.config.window_shards
-        rows_per_window = window * part.num_clips / len(part.counts)
-        return window * max(2, math.ceil(self._global_batch / rows_per_window) + 1)
 
     def _look_ahead(self) -> Lookahead[OpenShard]:
         is_remote = not all(is_local(part.root) for part in self._view.parts)

@@ -12,9 +12,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from train.data.background import Workers
+from train.data.order import wraps
 from train.data.retry import LoaderClosed
 from train.data.stream import Cursor, GlobalBatch, Stream
+from train.data.view import View
 
 Ready = TypeVar("Ready")
 
@@ -180,3 +184,20 @@ class Lookahead(Generic[Ready]):
             entry.error = error
         with self._changed:
             self._changed.notify_all()
+
+
+def shards_ahead(view: View, global_batch: int) -> int:
+    """Return how many shards of a data set are to be ready at once.
+
+    The window that is read and the next; where the clips of a shape are few, a batch of them may
+    come from more shards than a window has.
+    """
+    window, tail = view.config.window_shards, view.config.tail
+    most = 2 * window
+    for part in view.parts:
+        num_rows = part.counts.sum(axis=0, dtype=np.int64)
+        repeats = wraps(num_rows, global_batch, tail)
+        for rows in num_rows[num_rows >= (1 if repeats else global_batch)].tolist():
+            spread = -(-global_batch * len(part.counts) // rows)  # if they lie evenly
+            most = max(most, min(spread, rows, global_batch, len(part.counts)) + window)
+    return most

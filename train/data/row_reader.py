@@ -163,5 +163,6 @@ class RowReader:
         log.warning("%s. Another clip stands in for it", damage)
 
     def _mending(self) -> str:
-        roots = ", ".join(str(part.root) for part in self._view.parts)
-        return f"python -m pipeline.verify --full names all that are damaged in {roots}"
+        roots = {str(part.root) for part in self._view.parts}
+        commands = (f"python -m pipeline.verify {root} --full" for root in sorted(roots))
+        return f"All that is damaged is named by {', '.join(commands)}"
