@@ -78,7 +78,7 @@ def test_the_tour_runs_as_written(shared_clips, tmp_path):
     assert len(samples["clips"]) == 4
     assert "<video" in (folder / "out" / "index.html").read_text()
     columns = {
-        json.loads(path.read_text())["run"]["view"]["columns"]["audio"]
+        json.loads(path.read_text())["data"]["parts"][0]["columns"]["audio"]
         for path in (folder / "runs").glob("*/checkpoints/*/state.json")
     }
     assert len(columns) == 2, "the second run did not train on the second audio column"
