@@ -28,9 +28,11 @@ class Draft:
         first: place in it of the first sample.
         size: B.
         allocate: gives by modality uninitialised float16 [B, …], as latents are stored.
+        assemble: makes the batch, once all is known of its samples but what the latents are.
 
     Attributes:
         latents: by modality, what ``allocate`` gave.
+        made: what ``assemble`` gave.
         rows_of: by modality, the B rows of ``latents`` as bytes.
         latent_bytes: by modality, bytes of one latent.
         has: by modality, bool [B].
@@ -40,6 +42,7 @@ class Draft:
     """
 
     latents: dict[str, torch.Tensor]
+    made: LatentBatch
 
     def __init__(
         self,
@@ -47,6 +50,7 @@ class Draft:
         first: int,
         size: int,
         allocate: Callable[[], dict[str, torch.Tensor]],
+        assemble: Callable[[Draft], LatentBatch],
     ) -> None:
         self.batch, self.first, self.size = batch, first, size
         self.rows_of: dict[str, list[np.ndarray]] = {}
@@ -55,9 +59,10 @@ class Draft:
         self.audio_start_s = np.zeros(size, np.float32)
         self.keys = [""] * size
         self.captions: list[np.ndarray] = [np.empty((0, 0), np.float16)] * size
-        self._allocate = allocate
+        self._allocate, self._assemble = allocate, assemble
         self._error: BaseException | None = None
-        self._num_left, self._lock = size, threading.Lock()
+        self._num_unknown = self._num_unread = size
+        self._lock = threading.Lock()
         self._is_read = threading.Event()
 
     def open(self) -> None:
@@ -81,13 +86,22 @@ class Draft:
         for has in self.has.values():
             has[place] = True
 
+    def note_known(self, num_samples: int) -> None:
+        """Note that all is known of some samples; of the last ones, make the batch."""
+        with self._lock:
+            self._num_unknown -= num_samples
+            is_known = not self._num_unknown
+        if is_known:
+            self.made = self._assemble(self)
+
     def note_read(self, num_samples: int, error: BaseException | None) -> None:
         """Note that some samples are filled, or why they are not."""
         with self._lock:
-            self._num_left -= num_samples
+            self._num_unread -= num_samples
             self._error = self._error or error
-            if not self._num_left:
-                self._is_read.set()
+            is_read = not self._num_unread
+        if is_read:
+            self._is_read.set()
 
     def wait(self) -> None:
         """Wait until all samples are filled.
@@ -121,13 +135,22 @@ class Drafting:
 
     def begin(self, batch: GlobalBatch, first: int, size: int) -> Draft:
         """Return a micro-batch to be filled: the samples [first, first + size) of a global one."""
-        return Draft(batch, first, size, partial(self._allocate, batch.bucket, size))
+        allocate = partial(self._allocate, batch.bucket, size)
+        return Draft(batch, first, size, allocate, self._assemble)
 
     def finish(self, draft: Draft) -> LatentBatch:
-        """Return a draft that was filled as a batch on the device."""
+        """Return a draft that was read as a batch on the device."""
+        batch = draft.made
+        if self._device.type != "cpu":
+            batch = to_device(batch, self._device)
+        if any(self._is_moments.values()):
+            batch = self._sampled(batch)
+        return batch
+
+    def _assemble(self, draft: Draft) -> LatentBatch:
         text, text_mask = self._pad(draft.captions)
         first_sample = draft.batch.first_sample + draft.first
-        batch = LatentBatch(
+        return LatentBatch(
             samples=torch.arange(first_sample, first_sample + draft.size),
             keys=tuple(draft.keys),
             bucket=draft.batch.bucket,
@@ -140,11 +163,6 @@ class Drafting:
             text=text,
             text_mask=text_mask,
         )
-        if self._device.type != "cpu":
-            batch = to_device(batch, self._device)
-        if any(self._is_moments.values()):
-            batch = self._sampled(batch)
-        return batch
 
     def _allocate(self, bucket: int, size: int) -> dict[str, torch.Tensor]:
         specs = (self._view.buckets[bucket].video, self._view.buckets[bucket].audio)

@@ -73,7 +73,9 @@ class RowReader:
                 except DamagedPayload as damage:
                     del reads[num_before:]
                     self._substitute(draft, place, shards, damage)
-            # All in one loop: each read pushes the rest of the program out of the CPU's cache.
+            draft.note_known(end - begin)
+            # Reads come last and together: each pushes the program out of the CPU's cache, so that
+            # in between them all the rest takes several times as long.
             for tar, out, offset in reads:
                 tar.read_into(out, offset)
         except BaseException as raised:
