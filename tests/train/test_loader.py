@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import os
+import pickle
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -126,12 +128,26 @@ def test_fewer_clips_than_a_batch_are_repeated(
     assert "43 clips are of shapes that have fewer than the global batch of 86" in caplog.text
 
 
-@pytest.mark.parametrize(("global_batch", "micro_batch", "num_ranks"), [(8, 3, 1), (8, None, 3)])
-def test_batches_that_do_not_divide_are_refused(
-    view: View, global_batch: int, micro_batch: int | None, num_ranks: int
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"micro_batch": 3}, "not a multiple of 1 ranks × micro_batch=3"),
+        ({"num_ranks": 3}, "not a multiple of 3 ranks × micro_batch=2"),
+        ({"rank": 2, "num_ranks": 2}, "rank is 2, expected a whole number of 0 to 1"),
+        ({"rank": -1}, "rank is -1"),
+        ({"rank": "0"}, "rank is '0'"),
+        ({"num_ranks": 0}, "num_ranks is 0"),
+        ({"micro_batch": 0}, "micro_batch is 0"),
+        ({"micro_batch": -4}, "micro_batch is -4"),
+        ({"global_batch": 8.0}, r"global_batch is 8\.0"),
+        ({"global_batch": 10**12}, "global_batch is 1000000000000"),
+    ],
+)
+def test_ranks_and_batches_that_do_not_fit_are_refused(
+    view: View, layout: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match="not a multiple of"):
-        loader_of(view, global_batch=global_batch, micro_batch=micro_batch, num_ranks=num_ranks)
+    with pytest.raises(ConfigError, match=message):
+        loader_of(view, **layout)
 
 
 # -- its state
@@ -213,6 +229,37 @@ def test_state_that_contradicts_itself_is_refused(view: View, samples: Any) -> N
 def test_state_without_a_sound_cursor_is_refused(view: View, cursor: Any) -> None:
     with loader_of(view) as loader, pytest.raises(ResumeError, match="cursor"):
         loader.load_state_dict({**loader.state_dict(), "cursor": cursor})
+
+
+@pytest.mark.parametrize("state", [None, [], "state"])
+def test_state_that_is_none_is_refused(view: View, state: Any) -> None:
+    with loader_of(view) as loader, pytest.raises(ResumeError, match="expected what state_dict"):
+        loader.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "cursor.steps is 0 for 8 samples"),
+        ({"steps": 10**30}, "cursor.steps is"),
+        ({"samples": 2**63 - 8}, "more than can be"),
+        ({"places": [{"epoch": 10**30, "consumed": [8]}]}, "an epoch of cursor.places"),
+    ],
+)
+def test_impossible_cursor_is_refused(view: View, changes: dict[str, Any], message: str) -> None:
+    with loader_of(view) as loader:
+        next(loader)
+        state = loader.state_dict()
+        cursor = {**state["cursor"], **changes}
+        damaged = {**state, "cursor": cursor, "samples_consumed": cursor["samples"]}
+        with pytest.raises(ResumeError, match=message):
+            loader.load_state_dict(damaged)
+
+
+@pytest.mark.parametrize("global_batch", ["x", -1, None, 8.0])
+def test_state_with_an_impossible_global_batch_is_refused(view: View, global_batch: Any) -> None:
+    with loader_of(view) as loader, pytest.raises(ResumeError, match="global_batch is"):
+        loader.load_state_dict({**loader.state_dict(), "global_batch": global_batch})
 
 
 def test_position_names_epoch_clip_and_next_keys(
@@ -515,6 +562,27 @@ def test_loader_needs_no_more_than_the_view(dataset: Dataset, view: View) -> Non
         for _ in range(6):
             first: LatentBatch = next(one)
             assert rows_of(first) == rows_of(next(two))
+
+
+def test_forked_process_is_told_to_make_its_own(view: View) -> None:
+    with loader_of(view) as loader:
+        next(loader)
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            message = "no error"
+            try:
+                next(loader)
+            except RuntimeError as error:
+                message = str(error)
+            os.write(writing, message.encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert b"make one in the process that uses it" in os.read(reading, 1000)
+        os.close(reading)
+        os.close(writing)
+        with pytest.raises(TypeError, match=r"can't be sent to another process.*num_workers=0"):
+            pickle.dumps(loader)
 
 
 def test_loader_that_nobody_closes_ends_its_threads(view: View) -> None:

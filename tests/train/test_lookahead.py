@@ -137,6 +137,23 @@ def test_shard_that_cannot_be_opened_fails_where_it_is_asked_for_each_time() -> 
                 shards.get(0, shard)
 
 
+def test_shard_that_failed_ahead_of_time_is_tried_once_more_when_it_is_needed() -> None:
+    stream, failed, tried = stream_of(Layout()), threading.Event(), []
+
+    def prepare(place: ShardPlace) -> Opened:
+        tried.append(place)
+        if tried.count(place) == 1:
+            failed.set()
+            raise OSError("away for a moment")
+        return Opened(place)
+
+    with lookahead(stream, prepare) as shards:
+        batch = shards.next_batch(is_needed=True)
+        assert batch is not None and failed.wait(60)
+        for shard in stream.shards_of(batch):
+            assert shards.get(0, shard).place.shard == shard
+
+
 def test_stream_that_fails_does_so_behind_its_batches_each_time() -> None:
     stream = stream_of(Layout(fails_after=2 * WINDOW))  # two windows of three batches each
     with lookahead(stream) as shards:

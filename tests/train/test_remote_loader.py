@@ -68,17 +68,21 @@ def column_of(dataset: Dataset, modality: str) -> Column:
     return Column(dataset.column_path(modality), dataset.spec(modality), dataset.plan.plan_id)
 
 
-def tar_bytes(dataset: Dataset) -> list[int]:
-    """Return the bytes of all tars of video and audio."""
-    columns = [column_of(dataset, name) for name in ("video", "audio")]
-    shards = range(len(dataset.plan.shard_rows()))
-    return [column.committed(shard)["tar_bytes"] for column in columns for shard in shards]
+def tar_bytes(dataset: Dataset, modality: str) -> list[int]:
+    """Return the bytes of each tar of a column."""
+    column = column_of(dataset, modality)
+    shards = range(len(dataset.plan.shard_rows(text=modality == "text")))
+    return [column.committed(shard)["tar_bytes"] for shard in shards]
 
 
-def largest_shard(dataset: Dataset) -> int:
-    sizes = tar_bytes(dataset)
-    half = len(sizes) // 2
-    return max(map(sum, zip(sizes[:half], sizes[half:], strict=True)))
+def all_bytes(dataset: Dataset) -> int:
+    return sum(sum(tar_bytes(dataset, name)) for name in ("video", "audio", "text"))
+
+
+def bytes_of_shards(dataset: Dataset, num: float) -> int:
+    """Return the bytes of so many shards with all captions."""
+    pairs = zip(tar_bytes(dataset, "video"), tar_bytes(dataset, "audio"), strict=True)
+    return int(num * max(map(sum, pairs))) + sum(tar_bytes(dataset, "text"))
 
 
 def copies(cache: Path) -> list[Path]:
@@ -149,14 +153,14 @@ def test_every_shard_is_fetched_once_where_there_is_room(
     with loader_of(remote_view(remote, cache)) as loader:
         for _ in range(3 * 4):
             next(loader)
-        assert loader.num_fetched_bytes == sum(tar_bytes(local))
-    assert total_bytes(cache) == sum(tar_bytes(local))
+        assert loader.num_fetched_bytes == all_bytes(local)
+    assert total_bytes(cache) == all_bytes(local)
 
 
 def test_cache_keeps_its_bound_and_drops_what_is_behind(
     local: Dataset, remote: Dataset, cache: Path
 ) -> None:
-    capacity = int(4.5 * largest_shard(local))  # two windows of two shards, and a half
+    capacity = bytes_of_shards(local, 4.5)  # two windows of two shards, and a half
     view = remote_view(remote, cache, cache_gb=capacity / 1e9)
     expected = global_batches(view_of(local), 30, micro_batch=4, global_batch=4)
     seen, is_done = [], threading.Event()
@@ -171,7 +175,7 @@ def test_cache_keeps_its_bound_and_drops_what_is_behind(
     try:
         with loader_of(view, global_batch=4) as loader:
             found = [rows_of(next(loader)) for _ in range(30)]  # over three epochs of 9
-            assert loader.num_fetched_bytes > sum(tar_bytes(local))  # what was dropped came again
+            assert loader.num_fetched_bytes > all_bytes(local)  # what was dropped came again
     finally:
         is_done.set()
         watcher.join()
@@ -182,7 +186,7 @@ def test_cache_keeps_its_bound_and_drops_what_is_behind(
 def test_cache_below_two_windows_says_what_it_needs(
     local: Dataset, remote: Dataset, cache: Path
 ) -> None:
-    needed = 4 * largest_shard(local)
+    needed = bytes_of_shards(local, 4)
     view = remote_view(remote, cache, cache_gb=0.9 * needed / 1e9)
     with loader_of(view, global_batch=4) as loader:
         for _ in range(2):
@@ -195,7 +199,7 @@ def test_copies_are_held_while_they_are_needed(
     local: Dataset, remote: Dataset, cache: Path
 ) -> None:
     """Other users of the cache can't evict what this loader reads from."""
-    capacity = int(4.5 * largest_shard(local))
+    capacity = bytes_of_shards(local, 4.5)
     view = remote_view(remote, cache, cache_gb=capacity / 1e9)
     with loader_of(view, global_batch=4) as loader:
         found = [rows_of(next(loader))]
@@ -264,7 +268,7 @@ def test_processes_of_a_node_share_the_cache(local: Dataset, remote: Dataset, ca
             process.stdin.write("\n")
             process.stdin.flush()
         fetched = [int(line_of(process)) for process in children]
-    assert sum(fetched) == sum(tar_bytes(local))
+    assert sum(fetched) == all_bytes(local)
 
 
 def test_killed_download_leaves_nothing_and_is_taken_over(
@@ -282,7 +286,7 @@ def test_killed_download_leaves_nothing_and_is_taken_over(
         process.wait()
     view = remote_view(remote, cache)
     assert global_batches(view, 12) == global_batches(view_of(local), 12)
-    assert total_bytes(cache) == sum(tar_bytes(local))
+    assert total_bytes(cache) == all_bytes(local)
     assert not any(path.name.endswith(".tmp") for path in copies(cache))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from functools import lru_cache
+from functools import lru_cache, partial
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -12,9 +13,14 @@ from pipeline.records import repair
 from train.data.part import CaptionRecord, Part
 from train.data.payload import as_array, check_crc
 from train.data.retry import Patience
-from train.data.tar_bytes import LocalTar, PatientTar, RemoteTar, Tar, TarFacts
+from train.data.shard_files import ShardFiles
+from train.data.tar_bytes import PatientTar, RemoteTar, TarFacts
 
 OPEN_TARS = 64  # of one data set's text column
+# A remote tar is copied where that brings no more than so many times the bytes that are needed, or
+# takes no longer than a few requests.
+MOST_EXCESS, SMALL_TAR_BYTES = 16, 32 << 20
+MOST_COPIES = 8  # for one shard of clips
 
 
 class CaptionCache:
@@ -60,22 +66,31 @@ class CaptionCache:
 
 
 class Captions:
-    """The captions of one data set.
+    """The captions of one data set; safe in threads.
 
-    Of a remote data set they are read one by one: captions that many clips share lie anywhere in
-    the column, and whole tars would be copied for single rows.
+    Of a remote data set, tars that the coming clips need a good part of are copied whole, as those
+    of clips are. A caption that is far from those of the clips around it, since it was first used
+    long before, is read by itself.
 
     Args:
         part: the data set.
         number: of it, in ``cache``.
         cache: what keeps captions in memory.
+        files: opens tars.
         patience: how long to try again.
     """
 
-    def __init__(self, part: Part, number: int, cache: CaptionCache, patience: Patience) -> None:
-        self._part, self._number, self._cache, self._patience = part, number, cache, patience
+    def __init__(
+        self, part: Part, number: int, cache: CaptionCache, files: ShardFiles, patience: Patience
+    ) -> None:
+        self._part, self._number, self._cache = part, number, cache
+        self._files, self._patience = files, patience
         self._column = part.opened["text"]
-        self._tar = lru_cache(OPEN_TARS)(self._patient_tar)
+        self._open = files.open if is_local(self._column.path) else RemoteTar
+        self._tar = lru_cache(OPEN_TARS)(
+            partial(PatientTar, open_tar=self._open, patience=patience)
+        )
+        self._copies: WeakValueDictionary[TarFacts, PatientTar] = WeakValueDictionary()
 
     def read(self, row: int) -> np.ndarray:
         """Return a caption, float16 [S, D].
@@ -86,26 +101,57 @@ class Captions:
         """
         if (caption := self._cache.get((self._number, row))) is not None:
             return caption
-        place = self._patience.call(self._column.path, lambda: self._part.caption_record(row))
-        tar, record = self._tar(self._facts(place)), place.record
+        place = self._place(row)
+        facts, record = self._facts(place), place.record
+        tar = self._copies.get(facts) or self._tar(facts)
         data = np.empty(int(record["nbytes"]), np.uint8)
         tar.read_into(data, int(record["offset"]))
-        check_crc(data, int(record["crc32c"]), tar.facts, f"row {place.row} (caption {row})")
+        check_crc(data, int(record["crc32c"]), facts, f"row {place.row} (caption {row})")
         caption = as_array(data, record)
         self._cache.put((self._number, row), caption)
         return caption
+
+    def needed(self, rows: np.ndarray) -> tuple[list[TarFacts], list[int]]:
+        """Return what a remote data set's clips need ahead of reading.
+
+        Args:
+            rows: int64 [n], their captions.
+
+        Returns:
+            The tars to be copied whole, and the captions to be read one by one.
+
+        Raises:
+            FormatError: a shard is damaged, or can't be read for long.
+        """
+        sizes: dict[TarFacts, dict[int, int]] = {}
+        for row in np.unique(rows).tolist():
+            place = self._place(row)
+            sizes.setdefault(self._facts(place), {})[row] = int(place.record["nbytes"])
+        # Those first of which the largest part is needed.
+        excess = {tar: tar.nbytes / sum(rows.values()) for tar, rows in sizes.items()}
+        tars = [
+            tar
+            for tar in sorted(excess, key=lambda tar: excess[tar])[:MOST_COPIES]
+            if excess[tar] <= MOST_EXCESS or tar.nbytes <= SMALL_TAR_BYTES
+        ]
+        return tars, [row for tar, of_tar in sizes.items() if tar not in tars for row in of_tar]
+
+    def copy(self, facts: TarFacts) -> PatientTar:
+        """Return a tar that was copied; captions are read from it for as long as it is held."""
+        tar = self._copies.get(facts)
+        if tar is None:
+            tar = PatientTar(facts, self._files.open, self._patience)
+            tar.open()
+            self._copies[facts] = tar
+        return tar
 
     def close(self) -> None:
         """Close the tars."""
         self._tar.cache_clear()
 
+    def _place(self, row: int) -> CaptionRecord:
+        return self._patience.call(self._column.path, lambda: self._part.caption_record(row))
+
     def _facts(self, place: CaptionRecord) -> TarFacts:
         mending = repair(self._column, place.shard)
         return TarFacts(self._column.path / place.tar, place.tar_bytes, place.tar_crc32c, mending)
-
-    def _patient_tar(self, facts: TarFacts) -> PatientTar:
-        return PatientTar(facts, _open_tar, self._patience)
-
-
-def _open_tar(facts: TarFacts) -> Tar:
-    return LocalTar(facts, facts.path) if is_local(facts.path) else RemoteTar(facts)

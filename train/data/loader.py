@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from pipeline.files import is_local
-from pipeline.settings import ConfigError
 from train.data.background import Workers
-from train.data.captions import OPEN_TARS
+from train.data.captions import MOST_COPIES, OPEN_TARS, CaptionCache, Captions
+from train.data.loader_checks import check_cursor, check_layout
 from train.data.lookahead import Lookahead, shards_ahead
 from train.data.micro_batch import Draft, Drafting
 from train.data.open_shard import OpenShard, ShardOpener
@@ -36,6 +37,10 @@ from train.latents import LatentBatch
 
 log = logging.getLogger(__name__)
 
+NO_WORKERS = (
+    "make one in the process that uses it: it reads ahead by threads and needs no worker processes "
+    "(with a torch DataLoader, num_workers=0)"
+)
 FETCHES = 8  # remote shards copied at once: one connection to an object store brings 50-100 MB/s
 
 
@@ -57,7 +62,7 @@ class LatentLoader:
         device: where batches go; on a GPU by way of pinned memory.
 
     Raises:
-        ConfigError: the batches don't divide, or so many shards can't be open.
+        ConfigError: ranks and batches don't fit together, or so many shards can't be open.
     """
 
     def __init__(
@@ -71,12 +76,7 @@ class LatentLoader:
         num_ranks: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        self._micro_batch = micro_batch or max(1, global_batch // num_ranks)
-        if global_batch < 1 or global_batch % (self._micro_batch * num_ranks):
-            raise ConfigError(
-                f"global_batch={global_batch} is not a multiple of {num_ranks} ranks × "
-                f"micro_batch={self._micro_batch}; choose one that is"
-            )
+        self._micro_batch = check_layout(global_batch, micro_batch, rank, num_ranks)
         config = view.config
         self._view, self._seed, self._global_batch = view, seed, global_batch
         self._rank, self._num_ranks = rank, num_ranks
@@ -93,13 +93,23 @@ class LatentLoader:
             warn_of_few_clips(view, self._stream, global_batch)
         self._num_ahead = shards_ahead(view, global_batch)
         num_open = sum(min(self._num_ahead, len(part.counts)) for part in view.parts)
-        # Video and audio of each, of a remote one the hold of the copy too; and captions.
-        allow_open_files(4 * num_open + OPEN_TARS * len(view.parts))
+        is_remote = not all(is_local(part.root) for part in view.parts)
+        # Video and audio of each; of a remote one captions, and what holds each copy.
+        self._num_fetches = FETCHES if is_remote else 1
+        files_per_shard = 2 * (2 + MOST_COPIES) if is_remote else 2
+        allow_open_files(files_per_shard * num_open + OPEN_TARS * len(view.parts))
+        self._process = os.getpid()
         self._closing = threading.Event()
         patience = Patience(config.retry_s, self._closing)
-        self._files = ShardFiles(config.cache_dir, int(config.cache_gb * 1e9), self._closing)
-        self._opener = ShardOpener(view, self._files, patience, self._num_ahead)
-        self._reader = RowReader(view, seed, patience)
+        cache_bytes = int(min(config.cache_gb * 1e9, 2**62))
+        self._files = ShardFiles(config.cache_dir, cache_bytes, self._closing)
+        cache = CaptionCache(config.text_cache_mb << 20)
+        self._captions = [
+            Captions(part, number, cache, self._files, patience)
+            for number, part in enumerate(view.parts)
+        ]
+        self._opener = ShardOpener(view, self._files, self._captions, patience, self._num_ahead)
+        self._reader = RowReader(view, seed, self._captions)
         self._drafting = Drafting(view, seed, torch.device(device))
         self._workers = Workers(config.read_threads, "loader")
         self._closers: list[Workers | Lookahead[OpenShard]] = [self._workers]
@@ -123,7 +133,11 @@ class LatentLoader:
         """End the threads and close the tars; those that wait for a file are left alone."""
         self._end()
         self._pending.clear()
-        self._reader.close()
+        for captions in self._captions:
+            captions.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"a LatentLoader can't be sent to another process; {NO_WORKERS}")
 
     def __iter__(self) -> Iterator[LatentBatch]:
         return self
@@ -187,6 +201,8 @@ class LatentLoader:
         Raises:
             ResumeError: the state is of another stream, or damaged; names what differs.
         """
+        if not isinstance(state, dict):
+            raise ResumeError(f"the saved state is {state!r:.80}, expected what state_dict() gave")
         for name, expected in self._identity().items():
             if state.get(name) != expected:
                 raise ResumeError(
@@ -194,12 +210,7 @@ class LatentLoader:
                     f"{expected!r}; restore the setting, or start in another run_dir"
                 )
         cursor = Cursor.from_json(state.get("cursor"))
-        samples = state.get("samples_consumed")
-        if samples != cursor.samples or type(samples) is not int:
-            raise ResumeError(
-                f"samples_consumed is {samples!r}, but the cursor is at {cursor.samples}; the "
-                "saved state is damaged: use an older checkpoint"
-            )
+        check_cursor(cursor, state.get("samples_consumed"), state.get("global_batch"))
         self._stream.batches(cursor)  # refuses one of other data
         self._forget()
         self._cursor = cursor
@@ -229,6 +240,11 @@ class LatentLoader:
         """Wait until the next micro-batches are read."""
         if self._closing.is_set():
             raise LoaderClosed("the loader was closed")
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                f"this LatentLoader was made in process {self._process} and its threads are there, "
+                f"not in {os.getpid()}, which was forked from it; {NO_WORKERS}"
+            )
         self._read_ahead(is_needed=True)
         for draft in itertools.islice(self._pending, num_drafts):
             draft.wait()
@@ -256,7 +272,6 @@ class LatentLoader:
             self._submit(batch, self._shards)
 
     def _look_ahead(self) -> Lookahead[OpenShard]:
-        is_remote = not all(is_local(part.root) for part in self._view.parts)
         rows_ahead = self._num_ahead * max(
             int(part.counts.sum(axis=1).max()) for part in self._view.parts
         )
@@ -266,7 +281,7 @@ class LatentLoader:
             self._opener.open,
             num_ahead=self._num_ahead,
             rows_ahead=rows_ahead,
-            num_threads=FETCHES if is_remote else 1,
+            num_threads=self._num_fetches,
         )
         self._closers.insert(0, shards)
         return shards

@@ -31,12 +31,17 @@ class ShardPlace(NamedTuple):
 
 
 class _Entry(Generic[Ready]):
-    """A shard on its way: the last sample known to need it, and what came of it."""
+    """A shard on its way: the last sample known to need it, and what came of it.
+
+    What failed before anybody waited for it is tried once more when somebody does: the file may be
+    back by then.
+    """
 
     def __init__(self) -> None:
         self.needed_until = -1
         self.ready: Ready | None = None
         self.error: BaseException | None = None
+        self.is_awaited = False
 
 
 class Lookahead(Generic[Ready]):
@@ -136,10 +141,13 @@ class Lookahead(Generic[Ready]):
         with self._changed:
             while not self._is_closed:
                 entry = self._entries[part, shard]
-                if entry.error is not None:
-                    raise entry.error
                 if entry.ready is not None:
                     return entry.ready
+                if entry.error is not None:
+                    if entry.is_awaited:
+                        raise entry.error
+                    entry.is_awaited, entry.error = True, None
+                    self._start(ShardPlace(part, shard), entry)
                 self._changed.wait()
         raise LoaderClosed("the loader was closed")
 
@@ -167,8 +175,11 @@ class Lookahead(Generic[Ready]):
         if (entry := self._entries.get(place)) is None:
             self._changed.wait_for(lambda: self._has_room(place[0]))
             entry = self._entries[place] = _Entry()
-            self._workers.put(partial(self._make_ready, ShardPlace(*place), entry))
+            self._start(ShardPlace(*place), entry)
         entry.needed_until = sample
+
+    def _start(self, place: ShardPlace, entry: _Entry[Ready]) -> None:
+        self._workers.put(partial(self._make_ready, place, entry))
 
     def _has_room(self, part: int) -> bool:
         if self._is_closed or (self._is_asked and not self._batches):

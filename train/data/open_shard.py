@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.files import is_local
 from pipeline.records import repair
-from pipeline.settings import ConfigError
+from train.data.cache_room import CacheRoom
+from train.data.captions import Captions
 from train.data.classes import CLIP_MODALITIES
 from train.data.crops import num_starts
 from train.data.lookahead import ShardPlace
 from train.data.part import Part, ShardRows
-from train.data.payload import Seen, ShardPayloads
+from train.data.payload import DamagedPayload, Seen, ShardPayloads
 from train.data.retry import Patience
 from train.data.shard_files import ShardFiles
 from train.data.tar_bytes import PatientTar, TarFacts
@@ -34,6 +35,7 @@ class OpenShard:
         num_latents: by modality, int64 [R].
         has: by modality, bool [R].
         payloads: by modality.
+        texts: tars of captions that are kept open with it.
     """
 
     first_row: int
@@ -43,6 +45,7 @@ class OpenShard:
     num_latents: dict[str, np.ndarray]
     has: dict[str, np.ndarray]
     payloads: dict[str, ShardPayloads]
+    texts: list[PatientTar]
 
 
 class ShardOpener:
@@ -51,18 +54,25 @@ class ShardOpener:
     Args:
         view: the view.
         files: opens tars.
+        captions: of each data set.
         patience: how long to try again.
         num_ahead: shards of one data set that are open at once.
     """
 
-    def __init__(self, view: View, files: ShardFiles, patience: Patience, num_ahead: int) -> None:
+    def __init__(
+        self,
+        view: View,
+        files: ShardFiles,
+        captions: Sequence[Captions],
+        patience: Patience,
+        num_ahead: int,
+    ) -> None:
         self._view, self._files, self._patience = view, files, patience
-        self._num_ahead = num_ahead
+        self._captions = captions
+        self._room = CacheRoom(view, files.cache_bytes, num_ahead)
         columns = [part.opened[name] for part in view.parts for name in CLIP_MODALITIES]
         self._is_croppable = all(column.spec.croppable for column in columns)
         self._seen: list[dict[str, Seen | None]] = [self._new_seen(part) for part in view.parts]
-        self._largest: dict[int, int] = {}  # bytes of the largest shard so far, by remote data set
-        self._measuring = threading.Lock()
 
     def open(self, place: ShardPlace) -> OpenShard:
         """Open a shard; of a remote data set, its tars are copied.
@@ -74,14 +84,10 @@ class ShardOpener:
         """
         part, shard = self._view.parts[place.part], place.shard
         rows = self._patience.call(f"{part.root} shard {shard}", lambda: part.shard_rows(shard))
-        is_remote = not is_local(part.root)
-        if is_remote:
-            self._check_room(place.part, rows)
         payloads = {name: self._payloads(place.part, rows, name) for name in CLIP_MODALITIES}
-        if is_remote:
-            for name, payload in payloads.items():
-                if rows.has[name].any():
-                    payload.tar.open()
+        texts = []
+        if not is_local(part.root):
+            texts = self._fetch(place.part, rows, payloads)
         num_latents = {
             name: rows.index[name]["shape"][:, 0].astype(np.int64) for name in CLIP_MODALITIES
         }
@@ -96,7 +102,24 @@ class ShardOpener:
             num_latents=num_latents,
             has=rows.has,
             payloads=payloads,
+            texts=texts,
         )
+
+    def _fetch(
+        self, number: int, rows: ShardRows, payloads: Mapping[str, ShardPayloads]
+    ) -> list[PatientTar]:
+        """Copy the tars of a remote shard; return those of its captions."""
+        captions = self._captions[number]
+        is_used = rows.has["video"] | rows.has["audio"]
+        tars, singles = captions.needed(rows.text_rows[is_used])
+        self._room.check(number, rows, tars)
+        for name, payload in payloads.items():
+            if rows.has[name].any():
+                payload.tar.open()
+        for row in singles:
+            with contextlib.suppress(DamagedPayload):  # found again, and told, when it is used
+                captions.read(row)
+        return [captions.copy(tar) for tar in tars]
 
     def _new_seen(self, part: Part) -> dict[str, Seen | None]:
         if self._view.config.verify_crc == "always":
@@ -121,25 +144,3 @@ class ShardOpener:
             seen=self._seen[number][name],
             first_row=int(part.first_rows[rows.shard]),
         )
-
-    def _check_room(self, number: int, rows: ShardRows) -> None:
-        """Check that the cache holds all copies that are open at once: two windows of shards.
-
-        Raises:
-            ConfigError: it can't; tells what it should hold.
-        """
-        nbytes = sum(rows.tar_bytes.values())
-        with self._measuring:
-            self._largest[number] = max(nbytes, self._largest.get(number, 0))
-            needed = sum(
-                min(self._num_ahead, len(self._view.parts[part].counts)) * largest
-                for part, largest in self._largest.items()
-            )
-        if needed > self._files.cache_bytes:
-            config = self._view.config
-            raise ConfigError(
-                f"data.cache_gb={config.cache_gb:g} can't hold the remote shards that are open at "
-                f"once: two windows of data.window_shards={config.window_shards}, or what a global "
-                f"batch needs, here {self._num_ahead} shards of {nbytes / 1e9:.3g} GB; set "
-                f"data.cache_gb to {needed * 1.1 / 1e9:.3g} or more, or lower data.window_shards"
-            )

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
 from pipeline.format import FormatError
-from train.data.captions import CaptionCache, Captions
+from train.data.captions import Captions
 from train.data.crops import audio_start
 from train.data.lookahead import Lookahead
 from train.data.micro_batch import Draft
 from train.data.open_shard import OpenShard
 from train.data.payload import DamagedPayload
-from train.data.retry import Patience
 from train.data.tar_bytes import PatientTar
 from train.data.view import View
 from train.rng import uniform
@@ -34,27 +34,18 @@ class RowReader:
     Args:
         view: the view.
         seed: seed of the run: keys crops.
-        patience: how long to try again.
+        captions: of each data set.
 
     Attributes:
         num_substituted: samples so far for which another clip stood in.
     """
 
-    def __init__(self, view: View, seed: int, patience: Patience) -> None:
-        self._view, self._seed = view, seed
+    def __init__(self, view: View, seed: int, captions: Sequence[Captions]) -> None:
+        self._view, self._seed, self._captions = view, seed, captions
         self._video, self._audio = view.video, view.audio
-        cache = CaptionCache(view.config.text_cache_mb << 20)
-        self._captions = [
-            Captions(part, number, cache, patience) for number, part in enumerate(view.parts)
-        ]
         self._damages: set[str] = set()
         self._noting = threading.Lock()
         self.num_substituted = 0
-
-    def close(self) -> None:
-        """Close the tars of captions."""
-        for captions in self._captions:
-            captions.close()
 
     def fill(self, draft: Draft, begin: int, end: int, shards: Lookahead[OpenShard]) -> None:
         """Fill the samples [begin, end) of a draft; its ``wait`` raises what is raised here."""
