@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,12 +26,18 @@ from pipeline.settings import ConfigError
 from tests.train.columns import Dataset
 from train.data import survey
 from train.data.census import NOT_USABLE, Census, CensusWriter, ClipClass, Tally
-from train.data.census_cache import KEPT_S, made_once, remove_unused, views_folder
+from train.data.census_cache import KEPT_S, held, made_once, remove_unused, views_folder
 from train.data.config import DataConfig
 from train.data.view import View, open_view
 
 CLASSES = [ClipClass((2, 3, 3), (4, 2)), ClipClass((2, 3, 6), None), ClipClass(None, (4, 2))]
 SUMS = {name: {"count": 1, "sum": [1.0], "sum_of_squares": [2.0]} for name in ("video", "audio")}
+NAMES = ("planned", "heldout", "outside", "filtered", "wanted", "complete", "video_only")
+TALLY = Tally(
+    **{name: 1 + place for place, name in enumerate((*NAMES, "audio_only"))},
+    statuses={"video": {"ok": 1}},
+    reasons={"silent": 1},
+)
 
 
 @pytest.fixture
@@ -45,6 +52,10 @@ def view_of(dataset: Dataset, **config: Any) -> View:
 
 def censuses(dataset: Dataset) -> list[Path]:
     return sorted(path for path in (dataset.root.parent / "cache").glob("*/[0-9a-f]*"))
+
+
+def name_of(wanted: str, state: str = "0") -> str:
+    return f"{wanted * 16}-{state * 16}"
 
 
 # -- files
@@ -79,20 +90,26 @@ def written(folder: Path) -> Census:
             keys = [f"s{shard}-{row}" for row in range(4)]
             codes, rows = np.arange(4, dtype=np.uint8) % 3, np.arange(4)
             writer.add(codes, rows, keys, {"video": shard, "audio": shard})
-        writer.finish(CLASSES, SUMS, Tally(), [0])
+        writer.finish(CLASSES, SUMS, TALLY, [0])
     return Census(folder, np.array([4, 4, 4]), np.array([9]))
 
 
-@pytest.mark.parametrize(
-    "name", ["head.json", "codes.bin", "text_rows.bin", "keys.bin", "class_counts.npy", "video.npy"]
+FILES = (
+    *("head.json", "codes.bin", "text_rows.bin", "keys.bin", "range_crc32c.bin", "key_ends.bin"),
+    *("class_counts.bin", "video.bin", "audio.bin", "text.bin"),
 )
-@pytest.mark.parametrize("damage", ["missing", "empty", "short"])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["missing", "empty", "short", "folder"])
 def test_damaged_files_are_named(tmp_path: Path, name: str, damage: str) -> None:
     census = written(tmp_path / "census")
     path = census.folder / name
     data = path.read_bytes()
     path.unlink()
-    if damage != "missing":
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
         path.write_bytes(b"" if damage == "empty" else data[:-1])
     with pytest.raises(FormatError, match=f"not whole .*{name}.*remove it"):
         Census(census.folder, np.array([4, 4, 4]), np.array([9]))
@@ -121,11 +138,28 @@ def test_census_of_another_version_is_refused(tmp_path: Path) -> None:
         Census(census.folder, np.array([4, 4, 4]), np.array([9]))
 
 
-def test_nothing_is_unpickled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FILES)
+def test_every_byte_is_bound(tmp_path: Path, name: str) -> None:
+    """A census of other bytes is not opened, or the shard that they are of is not read."""
     census = written(tmp_path / "census")
-    np.save(census.folder / "video.npy", np.array([1, "a", None], object), allow_pickle=True)
-    with pytest.raises(FormatError, match=r"video.npy: .*allow_pickle"):
-        Census(census.folder, np.array([4, 4, 4]), np.array([9]))
+    path = census.folder / name
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(FormatError, match="not whole"):
+            found = Census(census.folder, np.array([4, 4, 4]), np.array([9]))
+            for shard in range(3):
+                _ = found.codes(shard), found.text_rows(shard), found.keys(shard)
+
+
+def test_shards_of_a_table_can_not_be_swapped(tmp_path: Path) -> None:
+    census = written(tmp_path / "census")
+    path = census.folder / "text_rows.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    found = Census(census.folder, np.array([4, 4, 4]), np.array([9]))
+    with pytest.raises(FormatError, match=r"text_rows.bin: other bytes of shard 1 .*remove it"):
+        found.text_rows(1)
+    assert found.codes(1).tolist() == [0, 1, 2, 0]
 
 
 def test_file_that_shrinks_while_it_is_open_is_named(tmp_path: Path) -> None:
@@ -195,7 +229,7 @@ def test_encoded_again_means_counted_again(tmp_path: Path) -> None:
 
 
 def test_many_at_once_make_it_once(tmp_path: Path) -> None:
-    folder, built = views_folder(str(tmp_path)) / ("0" * 32), []
+    folder, built = views_folder(str(tmp_path)) / name_of("0"), []
     together = threading.Barrier(8)
 
     def build(into: Path) -> None:
@@ -203,13 +237,12 @@ def test_many_at_once_make_it_once(tmp_path: Path) -> None:
         time.sleep(0.05)
         (into / "head.json").write_text("{}")
 
-    def make(_: int) -> bool:
+    def make(_: int) -> str:
         together.wait()
-        made_once(folder, build)
-        return (folder / "head.json").exists()
+        return made_once(folder, build, (folder / "head.json").read_text)
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(make, range(8)))
+        assert set(pool.map(make, range(8))) == {"{}"}
     assert len(built) == 1
 
 
@@ -221,25 +254,118 @@ def build(into):
     (into / "head.json").write_text("half")
     print("building", flush=True)
     sys.stdin.read()
-made_once(Path(sys.argv[1]), build)
+made_once(Path(sys.argv[1]), build, lambda: None)
 """
 
 
-def test_killed_build_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    folder = views_folder(str(tmp_path)) / ("0" * 32)
+def kill_while_building(folder: Path) -> None:
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], **pipes) as process:
         assert process.stdout and process.stdout.readline() == b"building\n"
         process.send_signal(signal.SIGKILL)
+
+
+def test_killed_build_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    folder = views_folder(str(tmp_path)) / name_of("0")
+    kill_while_building(folder)
     assert not folder.exists() and list(folder.parent.glob(".*.tmp/head.json"))
 
     def build(into: Path) -> None:
         assert not list(into.iterdir())
         (into / "head.json").write_text("whole")
 
-    made_once(folder, build)
-    assert (folder / "head.json").read_text() == "whole"
+    assert made_once(folder, build, (folder / "head.json").read_text) == "whole"
     assert not list(folder.parent.glob(".*.tmp"))
+
+
+def test_what_killed_builders_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    folder = views_folder(str(tmp_path))
+    kill_while_building(folder / name_of("0"))
+    (folder / f".{name_of('2')}.tmp").mkdir()  # whose lock was removed by somebody else
+    assert made_once(folder / name_of("1"), lambda into: None, lambda: 7) == 7
+    assert sorted(path.name for path in folder.iterdir()) == [f".{name_of('1')}.lock", name_of("1")]
+
+
+def test_what_is_being_built_is_left_alone(tmp_path: Path) -> None:
+    folder = views_folder(str(tmp_path))
+    first, second = folder / name_of("0"), folder / name_of("1")
+
+    def build(into: Path) -> None:
+        (into / "head.json").write_text("first")
+        made_once(second, lambda into: None, lambda: None)
+
+    assert made_once(first, build, (first / "head.json").read_text) == "first"
+
+
+def test_lock_that_was_removed_while_waiting_for_it_is_made_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "lock"
+
+    def take() -> bool:
+        with held(path), held(path, is_waiting=False) as is_held_twice:
+            return path.exists() and not is_held_twice
+
+    with ThreadPoolExecutor(1) as pool, caplog.at_level("INFO"):
+        with held(path):
+            waiting = pool.submit(take)
+            while "waiting for it" not in caplog.text:
+                time.sleep(0.01)
+            path.unlink()
+        assert waiting.result()
+
+
+def test_census_that_is_not_whole_is_made_anew(
+    dataset: Dataset, caplog: pytest.LogCaptureFixture
+) -> None:
+    view_id = view_of(dataset).view_id
+    (folder,) = censuses(dataset)
+
+    def lose_head() -> None:
+        (folder / "head.json").unlink()
+
+    def lose_all() -> None:
+        for path in folder.iterdir():
+            path.unlink()
+
+    def cut() -> None:
+        os.truncate(folder / "keys.bin", 3)
+
+    def age() -> None:
+        head = json.loads((folder / "head.json").read_text())
+        (folder / "head.json").write_text(json.dumps({"version": head["version"] - 1}))
+
+    def replace() -> None:
+        shutil.rmtree(folder)
+        folder.write_text("a file")
+
+    def dangle() -> None:
+        shutil.rmtree(folder)
+        folder.symlink_to("nowhere")
+        folder.with_name(f".{folder.name}.tmp").write_text("a file")
+
+    for damage in (lose_head, lose_all, cut, age, replace, dangle):
+        damage()
+        caplog.clear()
+        assert view_of(dataset).view_id == view_id
+        assert caplog.text.count("is not whole") == (damage is not dangle), damage
+        assert censuses(dataset) == [folder] and len(list(folder.iterdir())) == len(FILES)
+
+
+def test_census_that_can_not_be_opened_now_is_kept(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view_of(dataset)
+    (folder,) = censuses(dataset)
+    names = sorted(folder.iterdir())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Too many open files"):
+        patched.setattr(Path, "open", fail)
+        view_of(dataset)
+    assert sorted(folder.iterdir()) == names
 
 
 def test_failed_build_leaves_nothing(dataset: Dataset) -> None:
@@ -250,19 +376,47 @@ def test_failed_build_leaves_nothing(dataset: Dataset) -> None:
     assert [path.suffix for path in folder.iterdir()] == [".lock"]
 
 
-def test_full_disk_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+def test_cache_that_takes_nothing_is_named(tmp_path: Path, code: int) -> None:
     def build(into: Path) -> None:
         (into / "codes.bin").write_bytes(b"half")
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
-    folder = views_folder(str(tmp_path)) / ("0" * 32)
-    with pytest.raises(ConfigError, match=r"no room .* bytes free; .*set data.cache_dir"):
-        made_once(folder, build)
+    folder = views_folder(str(tmp_path)) / name_of("0")
+    message = rf"{folder.parent} can't take .*{os.strerror(code)}; .* free\): .*data.cache_dir"
+    with pytest.raises(ConfigError, match=message):
+        made_once(folder, build, lambda: None)
     assert [path.suffix for path in folder.parent.iterdir()] == [".lock"]
 
 
+def test_disk_that_is_full_at_the_end_is_named(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pipeline.files.os.fsync", fail)
+    with pytest.raises(ConfigError, match=r"can't take .*set data.cache_dir"):
+        view_of(dataset)
+
+
+def test_lock_that_can_not_be_opened_is_named(tmp_path: Path) -> None:
+    folder = views_folder(str(tmp_path)) / name_of("0")
+    folder.with_name(f".{folder.name}.lock").mkdir()
+    with pytest.raises(ConfigError, match=r"0.lock: Is a directory; .*set data.cache_dir"):
+        made_once(folder, lambda into: None, lambda: None)
+
+
+def test_errors_of_the_data_are_not_the_cache_s(tmp_path: Path) -> None:
+    def build(into: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", "/data/000000.json")
+
+    with pytest.raises(OSError, match=r"/data/000000\.json"):
+        made_once(views_folder(str(tmp_path)) / name_of("0"), build, lambda: None)
+
+
 def test_those_who_wait_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder, building = views_folder(str(tmp_path)) / ("0" * 32), threading.Event()
+    folder, building = views_folder(str(tmp_path)) / name_of("0"), threading.Event()
     go_on = threading.Event()
 
     def build(_: Path) -> None:
@@ -270,9 +424,9 @@ def test_those_who_wait_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert go_on.wait(60)
 
     with ThreadPoolExecutor(2) as pool, caplog.at_level("INFO"):
-        first = pool.submit(made_once, folder, build)
+        first = pool.submit(made_once, folder, build, lambda: None)
         assert building.wait(60)
-        second = pool.submit(made_once, folder, build)
+        second = pool.submit(made_once, folder, build, lambda: None)
         while "waiting for it" not in caplog.text:
             time.sleep(0.01)
         go_on.set()
@@ -282,22 +436,24 @@ def test_those_who_wait_say_so(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 
 def test_long_unused_censuses_are_removed(tmp_path: Path) -> None:
     folder = views_folder(str(tmp_path))
-    old, recent, other = (folder / name for name in ("0" * 32, "1" * 32, "notes"))
+    old, recent, other = (folder / name for name in (name_of("0"), name_of("1"), "notes"))
     for path, age_s in ((old, KEPT_S + 60), (recent, KEPT_S - 3600), (other, 2 * KEPT_S)):
         path.mkdir()
         (path / "head.json").write_text("{}")
-        os.utime(path / "head.json", (time.time() - age_s,) * 2)
-    remove_unused(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["1" * 32, "notes"]
+        os.utime(path / "head.json", (time.time() - age_s, time.time() - age_s))
+    remove_unused(folder / name_of("2"))
+    assert sorted(path.name for path in folder.iterdir()) == [name_of("1"), "notes"]
 
 
 def test_opening_counts_as_use(dataset: Dataset) -> None:
     view_of(dataset)
     (folder,) = censuses(dataset)
-    os.utime(folder / "head.json", (1, 1))
+    for path in folder.iterdir():  # programs that clean temporary folders look at every file
+        os.utime(path, (1, 1))
     view_of(dataset)
-    remove_unused(folder.parent)
+    remove_unused(folder.with_name(name_of("0")))
     assert censuses(dataset) == [folder]
+    assert all(path.stat().st_mtime > 1 for path in folder.iterdir())
 
 
 def test_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
@@ -331,7 +487,17 @@ def test_census_folder_follows_wishes_and_data(dataset: Dataset) -> None:
     view_of(dataset, seconds=4.0)
     view_of(dataset, heldout_share=0.1)
     view_of(dataset, filter="label == 'thing'")
-    assert len(censuses(dataset)) == 4
+    before = censuses(dataset)
+    assert len(before) == 4
     os.utime(dataset.column_path("audio"), (1, 1))
     view_of(dataset)
-    assert len(censuses(dataset)) == 5
+    kept = set(before) & set(censuses(dataset))
+    assert len(kept) == 3 and len(censuses(dataset)) == 4  # that of the old state is gone
+
+
+def test_view_of_a_removed_census_is_read_on(dataset: Dataset) -> None:
+    before = view_of(dataset)
+    os.utime(dataset.column_path("audio"), (1, 1))
+    view_of(dataset)
+    assert not before.parts[0].census.folder.exists()
+    assert before.parts[0].shard_rows(1).keys[0] == dataset.key(8)

@@ -3,35 +3,42 @@
 It is made once (``train.data.survey``) and kept in the node's cache. Whatever has a value per clip
 stays in its file and is read by ranges, so that opening a census of any size costs the same.
 
-    head.json           classes, counts and sums; written last
+    head.json           classes, counts, sums and hashes; written last
     codes.bin           uint8 [N], class of every planned clip, or NOT_USABLE
     text_rows.bin       int64 [N], row of its caption
     keys.bin            keys of the clips, each shard's joined by newlines
-    key_ends.npy        int64 [num_shards], where each shard's keys end
-    class_counts.npy    int32 [num_shards, num_classes]
-    MODALITY.npy        uint32 [shards of that column], crc32c of their indices
+    range_crc32c.bin    uint32 [num_shards, 3], of each shard's range in these three files
+    key_ends.bin        int64 [num_shards], where each shard's keys end
+    class_counts.bin    int32 [num_shards, num_classes]
+    MODALITY.bin        uint32 [shards of that column], crc32c of their indices
+
+The head's hash covers the tables from range_crc32c on, and is checked when a census is opened; a
+shard's ranges are checked whenever they are read.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+import json
+import math
 import os
-from collections.abc import Sequence
-from dataclasses import field
+from collections.abc import Mapping, Sequence
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import google_crc32c
 import numpy as np
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
 
 from pipeline.files import write_durably
 from pipeline.format import MODALITIES, FormatError
 
 NOT_USABLE = 255  # code of a clip, and bucket of a row, that is left out
-CENSUS_VERSION = 1
+CENSUS_VERSION = 2
 HEAD_NAME = "head.json"
+RANGES = ("codes", "text_rows", "keys")  # what there is of every clip
 
 Size = tuple[int, ...]
 
@@ -85,6 +92,7 @@ class CensusHead:
     Attributes:
         version: of its files.
         content: 64 hex digits that name all it says, equal wherever it was made.
+        clips: 64 hex digits over what it says of every clip.
         classes: what the codes of clips stand for.
         sums: by modality, "channels" of all commit records added up; None without a payload.
         tally: clips counted.
@@ -92,12 +100,21 @@ class CensusHead:
 
     version: int
     content: str
+    clips: str
     classes: tuple[ClipClass, ...]
     sums: dict[str, dict[str, Any]]
     tally: Tally
 
 
 HEAD_TYPE = TypeAdapter(CensusHead)
+
+
+def content_of(head: CensusHead, tables: Mapping[str, np.ndarray]) -> str:
+    """Return the hash of a head, but for its own ``content``, and of the tables per shard."""
+    digest = hashlib.sha256(HEAD_TYPE.dump_json(replace(head, content="")))
+    for name in sorted(tables):
+        digest.update(tables[name].tobytes())
+    return digest.hexdigest()
 
 
 class CensusWriter:
@@ -111,12 +128,13 @@ class CensusWriter:
         self._folder = folder
         self._hash = hashlib.sha256()
         self._files: dict[str, BinaryIO] = {}
+        self._range_crcs: list[list[int]] = []
         self._key_ends: list[int] = []
         self._counts: list[np.ndarray] = []
         self._crcs: dict[str, list[int]] = {"video": [], "audio": []}
 
     def __enter__(self) -> CensusWriter:
-        for name in ("codes", "text_rows", "keys"):
+        for name in RANGES:
             self._files[name] = (self._folder / f"{name}.bin").open("wb")
         return self
 
@@ -136,11 +154,11 @@ class CensusWriter:
             crcs: crc32c of the shard's index by modality: "video" and "audio".
         """
         joined = "\n".join(keys).encode()
-        parts = (codes.astype(np.uint8), text_rows.astype("<i8"), np.frombuffer(joined, np.uint8))
-        for file, array in zip(self._files.values(), parts, strict=True):
-            data: Any = np.ascontiguousarray(array)
+        ranges = (codes.astype(np.uint8).tobytes(), text_rows.astype("<i8").tobytes(), joined)
+        for file, data in zip(self._files.values(), ranges, strict=True):
             file.write(data)
             self._hash.update(data)
+        self._range_crcs.append([google_crc32c.value(data) for data in ranges])
         self._key_ends.append((self._key_ends[-1] if self._key_ends else 0) + len(joined))
         counts = np.bincount(codes[codes != NOT_USABLE])
         self._counts.append(counts.astype(np.int32))
@@ -158,21 +176,17 @@ class CensusWriter:
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
-        counts = np.zeros((len(self._counts), len(classes)), np.int32)
+        counts = np.zeros((len(self._counts), len(classes)), "<i4")
         for row, found in zip(counts, self._counts, strict=True):
             row[: len(found)] = found
         tables = {name: np.array(crcs, "<u4") for name, crcs in self._crcs.items()}
-        tables["text"] = np.array(text_crcs, "<u4")
-        for name in MODALITIES:
-            self._hash.update(tables[name].tobytes())
-        tables |= {"key_ends": np.array(self._key_ends, "<i8"), "class_counts": counts}
+        tables |= {"text": np.array(text_crcs, "<u4"), "class_counts": counts}
+        tables |= {"key_ends": np.array(self._key_ends, "<i8")}
+        tables |= {"range_crc32c": np.array(self._range_crcs, "<u4")}
         for name, table in tables.items():
-            data = io.BytesIO()
-            np.save(data, table)
-            write_durably(self._folder / f"{name}.npy", data.getvalue())
-        head = CensusHead(CENSUS_VERSION, "", tuple(classes), sums, tally)
-        self._hash.update(HEAD_TYPE.dump_json(head))
-        head = CensusHead(CENSUS_VERSION, self._hash.hexdigest(), tuple(classes), sums, tally)
+            write_durably(self._folder / f"{name}.bin", table.tobytes())
+        head = CensusHead(CENSUS_VERSION, "", self._hash.hexdigest(), tuple(classes), sums, tally)
+        head = replace(head, content=content_of(head, tables))
         write_durably(self._folder / HEAD_NAME, HEAD_TYPE.dump_json(head))
 
 
@@ -199,75 +213,78 @@ class Census:
     ) -> None:
         self.folder = folder
         self._num_captions = int(captions_per_shard.sum())
-        try:
-            self.head = HEAD_TYPE.validate_json((folder / HEAD_NAME).read_bytes())
-        except (OSError, ValidationError) as error:
-            raise self._damaged(f"{HEAD_NAME}: {error}") from None
-        if self.head.version != CENSUS_VERSION:
-            raise self._damaged(f"version {self.head.version}, expected {CENSUS_VERSION}")
+        self.head = self._read_head()
         num_shards, num_rows = len(rows_per_shard), int(rows_per_shard.sum())
-        self.first_rows = np.concatenate([[0], np.cumsum(rows_per_shard)]).astype(np.int64)
-        shape = (num_shards, len(self.head.classes))
-        self.class_counts = self._table("class_counts", "<i4", shape)
-        num_shards_of = {"text": len(captions_per_shard)}
-        self.index_crc32c = {
-            name: self._table(name, "<u4", (num_shards_of.get(name, num_shards),))
-            for name in MODALITIES
+        shards_of = {"text": len(captions_per_shard)}
+        tables = {
+            "range_crc32c": self._table("range_crc32c", "<u4", num_shards, len(RANGES)),
+            "key_ends": self._table("key_ends", "<i8", num_shards),
+            "class_counts": self._table("class_counts", "<i4", num_shards, len(self.head.classes)),
         }
-        self._key_ends = self._table("key_ends", "<i8", (num_shards,))
-        self._codes = self._open("codes", num_rows)
-        self._text_rows = self._open("text_rows", 8 * num_rows)
-        self._keys = self._open("keys", int(self._key_ends[-1]) if num_shards else 0)
+        tables |= {n: self._table(n, "<u4", shards_of.get(n, num_shards)) for n in MODALITIES}
+        if self.head.content != content_of(self.head, tables):
+            raise self._damaged(f"{HEAD_NAME} and tables are not what was written")
+        self.first_rows = np.concatenate([[0], np.cumsum(rows_per_shard)]).astype(np.int64)
+        self.class_counts = tables["class_counts"]
+        self.index_crc32c = {name: tables[name] for name in MODALITIES}
+        self._range_crc32c = tables["range_crc32c"]
+        self._key_ends = np.concatenate([[0], tables["key_ends"]])
+        nbytes = {"codes": num_rows, "text_rows": 8 * num_rows, "keys": int(self._key_ends[-1])}
+        self._files = {name: self._open(f"{name}.bin", nbytes[name]) for name in RANGES}
 
     def codes(self, shard: int) -> np.ndarray:
         """Return the codes of a shard's clips, uint8 [R]."""
         first, end = self.first_rows[shard : shard + 2].tolist()
-        return np.frombuffer(self._read(self._codes, first, end), np.uint8)
+        return np.frombuffer(self._read("codes", shard, first, end), np.uint8)
 
     def text_rows(self, shard: int) -> np.ndarray:
         """Return the rows of the captions of a shard's clips, int64 [R]."""
         first, end = (8 * self.first_rows[shard : shard + 2]).tolist()
-        rows = np.frombuffer(self._read(self._text_rows, first, end), "<i8")
+        rows = np.frombuffer(self._read("text_rows", shard, first, end), "<i8")
         if rows.min() < 0 or rows.max() >= self._num_captions:
             raise self._damaged(f"shard {shard}: a caption outside the {self._num_captions}")
         return rows
 
     def keys(self, shard: int) -> list[str]:
         """Return the keys of a shard's clips."""
-        first = int(self._key_ends[shard - 1]) if shard else 0
-        data = self._read(self._keys, first, int(self._key_ends[shard]))
-        keys = data.decode(errors="replace").split("\n")
-        expected = int(self.first_rows[shard + 1] - self.first_rows[shard])
-        if len(keys) != expected:
-            raise self._damaged(f"{len(keys)} keys of shard {shard}, expected {expected}")
-        return keys
+        first, end = self._key_ends[shard : shard + 2].tolist()
+        return self._read("keys", shard, first, end).decode().split("\n")
 
-    def _table(self, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _read_head(self) -> CensusHead:
+        with self._open(HEAD_NAME) as file:
+            data = file.read()
         try:
-            table = np.load(self.folder / f"{name}.npy", allow_pickle=False)
-        except (OSError, EOFError, ValueError) as error:
-            raise self._damaged(f"{name}.npy: {error}") from None
-        if table.dtype != dtype or table.shape != shape:
-            raise self._damaged(f"{name}.npy: {table.dtype} {table.shape}, expected {shape}")
-        return table
+            version = json.loads(data)["version"]
+            if version == CENSUS_VERSION:
+                return HEAD_TYPE.validate_json(data)
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"{HEAD_NAME}: {str(error).splitlines()[0]}") from None
+        raise self._damaged(f"version {version}, expected {CENSUS_VERSION}")
 
-    def _open(self, name: str, nbytes: int) -> BinaryIO:
+    def _table(self, name: str, dtype: str, *shape: int) -> np.ndarray:
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        with self._open(f"{name}.bin", nbytes) as file:
+            return np.frombuffer(file.read(), dtype).reshape(shape)
+
+    def _open(self, name: str, nbytes: int | None = None) -> BinaryIO:
         try:
-            file = (self.folder / f"{name}.bin").open("rb", buffering=0)
-        except OSError as error:
-            raise self._damaged(f"{name}.bin: {error.strerror}") from None
+            file = (self.folder / name).open("rb", buffering=0)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise self._damaged(f"{name}: {error.strerror}") from None
         found = os.fstat(file.fileno()).st_size
-        if found != nbytes:
-            raise self._damaged(f"{name}.bin: {found} bytes, expected {nbytes}")
+        if nbytes not in (None, found):
+            file.close()
+            raise self._damaged(f"{name}: {found} bytes, expected {nbytes}")
         return file
 
-    def _read(self, file: BinaryIO, first: int, end: int) -> bytes:
+    def _read(self, name: str, shard: int, first: int, end: int) -> bytes:
         """Read a range; not by mapping, for a file cut short would then kill the process."""
-        data = os.pread(file.fileno(), end - first, first)
+        data = os.pread(self._files[name].fileno(), end - first, first)
         if len(data) != end - first:
-            raise self._damaged(f"{file.name} was cut short, expected at least {end} bytes")
+            raise self._damaged(f"{name}.bin was cut short, expected at least {end} bytes")
+        if google_crc32c.value(data) != self._range_crc32c[shard, RANGES.index(name)]:
+            raise self._damaged(f"{name}.bin: other bytes of shard {shard} than were written")
         return data
 
     def _damaged(self, reason: str) -> FormatError:
-        reason = " ".join(reason.split())[:300]
         return FormatError(f"{self.folder} is not whole ({reason}); remove it, it is made anew")

@@ -1,13 +1,15 @@
 """Censuses kept in a folder of the node: the first process that needs one makes it, others wait.
 
-Invariants: what has a census's name is whole (made in ``.NAME.tmp`` and renamed); it is made under
+Invariants: what gets a census's name is whole (made in ``.NAME.tmp`` and renamed); it is made under
 a flock, which the kernel drops with the process, so that what a killed one left is known as such.
+What is not whole any more, as programs that clean temporary folders leave it, is made anew.
 The name tells which data on disk and which clips are wanted; other data have another.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -20,8 +22,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
-from pipeline.files import NoRoomError, is_local, naming_a_full_disk, scan, sync_folder
+from pipeline.files import NoRoomError, is_local, scan, sync_folder
 from pipeline.format import Column, FormatError, Plan, canonical_json
 from pipeline.plan_table import PLAN_NAME
 from pipeline.settings import ConfigError
@@ -31,9 +34,14 @@ from train.data.survey import write_census
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[0-9a-f]{32}")
+Opened = TypeVar("Opened")
+
+NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}")  # what is wanted of which data set, and its state
+LEFT = re.compile(rf"\.({NAME.pattern})\.(lock|tmp)")
 SHARD_FILE = re.compile(r"\d{6,}\.(json|parquet)")  # a commit record, or facts
 KEPT_S = 30 * 24 * 3600.0  # since it was last opened
+# Errors that only the cache has, for data sets are read: no room, a quota, a limit, no locks.
+CACHE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.ENOLCK)
 
 
 def open_census(
@@ -55,9 +63,14 @@ def open_census(
         with CensusWriter(into) as writer:
             write_census(writer, root, plan, opened, selection)
 
-    made_once(folder, build)
-    os.utime(folder / HEAD_NAME)
-    return Census(folder, plan.shard_rows(), plan.shard_rows(text=True))
+    def open_made() -> Census:
+        return Census(folder, plan.shard_rows(), plan.shard_rows(text=True))
+
+    census = made_once(folder, build, open_made)
+    with contextlib.suppress(OSError):  # a cache may be read-only, too
+        for path in folder.iterdir():  # programs that clean temporary folders look at each file
+            os.utime(path)
+    return census
 
 
 def census_folder(
@@ -69,7 +82,8 @@ def census_folder(
 ) -> Path:
     """Return where the census of a data set is, or would be: the data as they are on disk now.
 
-    The name hashes what is wanted, the plan, and how each folder that is read stands.
+    The name hashes which clips of what data set are wanted; and the plan, and how each folder that
+    is read stands.
 
     Raises:
         ConfigError: the cache can't be used.
@@ -77,7 +91,10 @@ def census_folder(
         OSError: a folder can't be looked at.
     """
     text = selection.clip_filter.text if selection.clip_filter else None
-    wanted = [selection.subset, selection.heldout_share, dict(selection.lengths), text]
+    place = str(root.absolute() if is_local(root) else root)
+    columns = {name: column.path.name for name, column in opened.items()}
+    wanted = [place, columns, selection.subset, selection.heldout_share]
+    wanted += [dict(selection.lengths), text]
     try:
         found = (root / PLAN_NAME).stat()
     except FileNotFoundError:
@@ -88,9 +105,9 @@ def census_folder(
         names = [entry.name for entry in scan(root) if entry.name.startswith("facts@")]
         folders += [root / name for name in sorted(names)]
     states = {folder.name: state_of(folder) for folder in folders}
-    identity = [CENSUS_VERSION, str(root), asdict(plan), wanted, table, states]
-    digest = hashlib.sha256(canonical_json(identity).encode())
-    return views_folder(cache_dir) / digest.hexdigest()[:32]
+    state = [CENSUS_VERSION, asdict(plan), table, states]
+    digests = [hashlib.sha256(canonical_json(one).encode()) for one in (wanted, state)]
+    return views_folder(cache_dir) / "-".join(digest.hexdigest()[:16] for digest in digests)
 
 
 def state_of(folder: Path) -> str:
@@ -137,62 +154,136 @@ def views_folder(cache_dir: str | None) -> Path:
     return folder
 
 
-def made_once(made: Path, build: Callable[[Path], None]) -> None:
-    """Have ``build`` fill a folder unless it is there; only the first process does, others wait.
+def made_once(made: Path, build: Callable[[Path], None], open_made: Callable[[], Opened]) -> Opened:
+    """Open a folder, which ``build`` fills where there is none; one process does, others wait.
+
+    Args:
+        made: the folder.
+        build: fills an empty folder that is given to it.
+        open_made: opens ``made``; where that is not whole it raises FormatError, and it is made
+            anew.
 
     Raises:
-        ConfigError: there is no room for it.
+        ConfigError: there is no room for it, or the folder around it can't be used.
         Exception: whatever ``build`` raises; then nothing is left.
     """
     if made.exists():
-        return
-    folder = made.parent
-    with held(folder / f".{made.name}.lock"):
-        if made.exists():  # another process made it meanwhile
-            return
-        remove_unused(folder)
-        unfinished = folder / f".{made.name}.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-        unfinished.mkdir(mode=0o700)
-        try:
-            with naming_a_full_disk(folder):
-                build(unfinished)
-            sync_folder(unfinished)
-            unfinished.rename(made)
-        except NoRoomError:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise ConfigError(
-                f"{folder}: no room for the table of a view's clips, "
-                f"{shutil.disk_usage(folder).free:,} bytes free; make room, or set data.cache_dir"
-            ) from None
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise
-        sync_folder(folder)
+        with contextlib.suppress(FormatError):  # which is looked at again below
+            return open_made()
+    try:
+        with held(made.with_name(f".{made.name}.lock")):
+            if made.exists():
+                try:
+                    return open_made()  # another process made it meanwhile
+                except FormatError as error:
+                    log.warning("%s: making it anew", str(error).partition(";")[0])
+            remove_unused(made)
+            make(made, build)
+    except NoRoomError:
+        raise unusable(made.parent, "there is no room") from None
+    except OSError as error:
+        is_of_cache = str(error.filename or "").startswith(str(made.parent))
+        if not is_of_cache and error.errno not in CACHE_ERRORS:
+            raise  # of the data set
+        reason = f"{Path(error.filename or '').name}: {error.strerror}".removeprefix(": ")
+        raise unusable(made.parent, reason) from None
+    return open_made()
+
+
+def unusable(folder: Path, reason: str) -> ConfigError:
+    """Return the error that a folder of the cache can't be written to."""
+    return ConfigError(
+        f"{folder} can't take the table of a view's clips ({reason}; "
+        f"{shutil.disk_usage(folder).free:,} bytes free): mend that, or set data.cache_dir"
+    )
+
+
+def make(made: Path, build: Callable[[Path], None]) -> None:
+    """Have ``build`` fill a folder, which gets its name when it is whole and on the disk."""
+    unfinished = made.with_name(f".{made.name}.tmp")
+    for left in (unfinished, made):  # by a process that was killed, or not whole
+        remove(left)
+    unfinished.mkdir(mode=0o700)
+    try:
+        build(unfinished)
+        sync_folder(unfinished)
+        unfinished.rename(made)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync_folder(made.parent)
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold the flock of a file, which is left there."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+def held(path: Path, is_waiting: bool = True) -> Iterator[bool]:
+    """Hold the flock of a file, which is made if need be and left there.
+
+    Args:
+        path: the file.
+        is_waiting: wait while another process holds it.
+
+    Yields:
+        Whether it is held: False where it was not waited for.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("another process of this node looks at every shard: waiting for it")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+            is_held = lock(descriptor, is_waiting)
+            if is_held and not is_named(path, descriptor):
+                continue  # it was removed meanwhile
+            yield is_held
+            return
+        finally:
+            os.close(descriptor)
 
 
-def remove_unused(folder: Path) -> None:
-    """Remove censuses that were not opened for a long time; open ones stay readable."""
-    limit = time.time() - KEPT_S
-    for entry in folder.iterdir():
-        is_census = NAME.fullmatch(entry.name)
+def lock(descriptor: int, is_waiting: bool) -> bool:
+    """Take the flock of an open file; return whether that is held."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not is_waiting:
+            return False
+        log.info("another process of this node looks at every shard: waiting for it")
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return True
+
+
+def is_named(path: Path, descriptor: int) -> bool:
+    """Return whether a path leads to an open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def remove_unused(made: Path) -> None:
+    """Remove what is in the way of nobody but the disk; what is open stays readable.
+
+    That is: censuses not opened for a long time, those of the same clips as ``made`` when their
+    data set was in another state, and what processes that were killed left of theirs.
+    """
+    folder, limit = made.parent, time.time() - KEPT_S
+    for path in list(folder.iterdir()):
         with contextlib.suppress(OSError):
-            if is_census and (entry / HEAD_NAME).stat().st_mtime < limit:
-                log.info("removing %s, not opened for 30 days", entry)
-                shutil.rmtree(entry)
-                (folder / f".{entry.name}.lock").unlink(missing_ok=True)
+            if not NAME.fullmatch(path.name) or path == made:
+                continue
+            is_of_before = path.name[:16] == made.name[:16]
+            if is_of_before or (path / HEAD_NAME).stat().st_mtime < limit:
+                log.info("removing %s: %s", path, "the data changed" if is_of_before else "unused")
+                remove(path)
+    for name in {found[1] for path in folder.iterdir() if (found := LEFT.fullmatch(path.name))}:
+        if (folder / name).exists():
+            continue
+        with contextlib.suppress(OSError), held(folder / f".{name}.lock", is_waiting=False) as own:
+            if own:
+                remove(folder / f".{name}.tmp")
+                (folder / f".{name}.lock").unlink()
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
