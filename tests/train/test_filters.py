@@ -143,11 +143,43 @@ def test_filters_over_known_values_mean_what_python_means(text: str) -> None:
         ("not " * 2000 + "True", "data.filter"),
         ("start_s > 1 \0", "data.filter"),
         ("a" * 20_000, "20000 characters"),
+        (f"facts.width > {2**63}", "character 15: the number is outside"),
+        (f"facts.width == {-(2**63) - 1}", "character 16: the number is outside"),
+        (f"facts.width in [1, 0x{2**70:x}]", "character 20: the number is outside"),
+        (f"facts.width + {2**63 - 1} > 0", r"can't be computed: overflow"),
+        (f"facts.width * {2**60} > 0", r"can't be computed: overflow"),
+        (f"-(facts.width - {2**63 - 1} - 322) > 0", r"can't be computed: overflow"),
+        (f"facts.width in [{2**63 - 1}, 0.5]", "mixes"),
     ],
 )
 def test_what_a_filter_may_not_hold_is_named(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         rows_of(text)
+
+
+def test_whole_numbers_of_64_bits_are_numbers() -> None:
+    largest = f"facts.width < {2**63 - 1} and facts.width > {-(2**63)} and -{2**63} < 0"
+    assert rows_of(largest) == [0, 1, 2, 3, 4]
+    assert rows_of(f"facts.width in [320, {2**63 - 1}, {-(2**63)}]") == [0, 4]
+
+
+def test_long_filters_are_cut_in_messages() -> None:
+    text = " or ".join(f"label == 'name {number}'" for number in range(300))
+    assert len(text) > 6000
+    for wrong in (f"{text} or colour == 'red'", f"colour == 'red' or {text}", f"{text} or label"):
+        with pytest.raises(ConfigError) as caught:
+            rows_of(wrong)
+        assert len(str(caught.value)) < 500
+        assert ("colour == 'red'" in str(caught.value)) == ("colour" in wrong)
+
+
+def test_columns_of_another_type_are_named() -> None:
+    clips = {**CLIPS, "label": [1, 2, 3, 4, 5, 6]}
+    with pytest.raises(ConfigError, match=r"can't be computed: Expected bytes, got a 'int'"):
+        parse_filter("label == 'a'").passes(clips, None)
+    twice = pa.table([[1] * 6, [2] * 6], names=["width", "width"])
+    with pytest.raises(ConfigError, match=r"can't be computed: .*width.* exists 2 times"):
+        parse_filter("facts.width > 0").passes(CLIPS, twice)
 
 
 @given(text=st.text(max_size=40))

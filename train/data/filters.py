@@ -25,6 +25,7 @@ PLAN_SCHEMA = pa.schema(
     ]
 )
 MAX_CHARACTERS = 10_000
+SHOWN_CHARACTERS = 120  # of a filter, in messages
 COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Eq: "equal",
     ast.NotEq: "not_equal",
@@ -33,10 +34,11 @@ COMPARISONS: dict[type[ast.cmpop], str] = {
     ast.Gt: "greater",
     ast.GtE: "greater_equal",
 }
+# Checked: whole numbers beyond 64 bits are an error; others would wrap round to wrong clips.
 ARITHMETIC: dict[type[ast.operator], str] = {
-    ast.Add: "add",
-    ast.Sub: "subtract",
-    ast.Mult: "multiply",
+    ast.Add: "add_checked",
+    ast.Sub: "subtract_checked",
+    ast.Mult: "multiply_checked",
     ast.Div: "divide",
 }
 
@@ -67,21 +69,25 @@ class ClipFilter:
         Raises:
             ConfigError: a fact is not known, or the types don't fit, such as text and number.
         """
-        columns = {
-            name: pa.array(clips[name], PLAN_SCHEMA.field(name).type) for name in self.plan_columns
-        }
         for name, place in self.facts.items():
             if facts is None or name not in facts.column_names:
                 known = [] if facts is None else [f"facts.{each}" for each in facts.column_names]
                 raise unknown(self.text, place, f"facts.{name}", known)
-            columns[f"facts.{name}"] = facts[name]
         is_passing = np.zeros(len(clips["key"]), dtype=bool)
-        columns["row of shard"] = pa.array(np.arange(len(is_passing)))
+        rows = pa.array(np.arange(len(is_passing)))
         try:
-            found = pa.table(columns).filter(self.expression)["row of shard"]
-        except (pa.ArrowException, TypeError, ValueError) as error:
+            columns = {
+                name: pa.array(clips[name], PLAN_SCHEMA.field(name).type)
+                for name in self.plan_columns
+            }
+            columns |= {f"facts.{name}": facts[name] for name in self.facts if facts is not None}
+            table = pa.table({**columns, "row of shard": rows})
+            found = table.filter(self.expression)["row of shard"]
+        except (pa.ArrowException, LookupError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"data.filter {self.text!r} can't be computed: {reason}") from None
+            raise ConfigError(
+                f"data.filter {shown(self.text)} can't be computed: {reason}"
+            ) from None
         is_passing[found.to_numpy()] = True
         return is_passing
 
@@ -100,17 +106,28 @@ def parse_filter(text: str) -> ClipFilter:
         expression = reader.read(ast.parse(text, mode="eval").body)
     except SyntaxError as error:
         place = error.offset or 1
-        raise ConfigError(f"data.filter {text!r}, character {place}: {error.msg}") from None
+        raise misread(text, place, error.msg) from None
     except (RecursionError, MemoryError, ValueError) as error:
-        raise ConfigError(f"data.filter {text!r:.200} can't be read: {error}") from None
+        raise ConfigError(f"data.filter {shown(text)} can't be read: {error}") from None
     return ClipFilter(text, expression, tuple(reader.plan_columns), reader.facts)
 
 
 def unknown(text: str, place: int, name: str, known: Sequence[str]) -> ConfigError:
     """Return the error that a name of a filter is not known."""
-    return ConfigError(
-        f"data.filter {text!r}, character {place}: unknown name {name!r}; known: {', '.join(known)}"
-    )
+    return misread(text, place, f"unknown name {name!r}; known: {', '.join(known)}")
+
+
+def misread(text: str, place: int, reason: str) -> ConfigError:
+    """Return the error that a filter can't be read from a character on, counted from 1."""
+    return ConfigError(f"data.filter {shown(text, place)}, character {place}: {reason}")
+
+
+def shown(text: str, place: int = 1) -> str:
+    """Return a filter as messages show it: of a long one what is around a character."""
+    first = max(0, min(place - SHOWN_CHARACTERS // 2, len(text) - SHOWN_CHARACTERS))
+    part = text[first : first + SHOWN_CHARACTERS]
+    before, after = "… " * (first > 0), " …" * (first + len(part) < len(text))
+    return repr(f"{before}{part}{after}")
 
 
 @dataclass
@@ -128,8 +145,10 @@ class _Reader:
                 return self._joined(name, [self.read(value) for value in values])
             case ast.UnaryOp(op=ast.Not(), operand=operand):
                 return pc.invert(self.read(operand))
+            case ast.Constant() | ast.UnaryOp(op=ast.USub(), operand=ast.Constant()):
+                return pc.scalar(self._literal(node))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
-                return pc.negate(self.read(operand))
+                return pc.negate_checked(self.read(operand))
             case ast.Compare(left=left, ops=ops, comparators=rights):
                 lefts = [left, *rights[:-1]]
                 pairs = [self._compared(*pair) for pair in zip(lefts, ops, rights, strict=True)]
@@ -144,8 +163,6 @@ class _Reader:
             case ast.Attribute(value=ast.Name(id="facts"), attr=name):
                 self.facts.setdefault(name, node.col_offset + 1)
                 return pc.field(f"facts.{name}")
-            case ast.Constant():
-                return pc.scalar(self._literal(node))
         raise self._error(
             node,
             f"{ast.unparse(node)!r:.80} is not allowed; expected and, or, not, comparisons, in a "
@@ -188,11 +205,15 @@ class _Reader:
     def _literal(self, node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=bool() | int() | float() | str() as value):
-                return value
+                pass
             case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-                return -value
-        raise self._error(node, f"{ast.unparse(node)!r:.80} is no number and no text")
+                value = -value
+            case _:
+                raise self._error(node, f"{ast.unparse(node)!r:.80} is no number and no text")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise self._error(node, "the number is outside the whole ones of 64 bits")
+        return value
 
     def _error(self, node: ast.AST, reason: str) -> ConfigError:
         place = getattr(node, "col_offset", 0) + 1
-        return ConfigError(f"data.filter {self.text!r}, character {place}: {reason}")
+        return misread(self.text, place, reason)
