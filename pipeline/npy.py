@@ -25,4 +25,7 @@ def parse_table(data: bytes, dtype: np.dtype, num_rows: int) -> np.ndarray:
     if data.startswith(known) and len(data) == len(known) + num_rows * dtype.itemsize:
         return np.frombuffer(data, dtype, offset=len(known))
     # Another array, or the same one as another version of numpy writes it.
-    return np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (MemoryError, OverflowError):
+        raise ValueError("its header tells of more rows than memory can hold") from None

@@ -52,6 +52,15 @@ def test_tables_cut_short_are_refused(cut: int) -> None:
         parse_table(saved(records(5))[:cut], INDEX_DTYPE, 5)
 
 
+@pytest.mark.parametrize("num_rows", [10**10, 10**13, 10**18, 10**30])
+def test_headers_that_tell_of_more_than_there_is_are_refused(num_rows: int) -> None:
+    header = io.BytesIO()
+    facts = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (num_rows,)}
+    np.lib.format.write_array_header_1_0(header, facts)
+    with pytest.raises(ValueError, match=r"memory|reading array data|too big|too large"):
+        parse_table(header.getvalue() + bytes(100), INDEX_DTYPE, 5)
+
+
 def test_objects_are_not_unpickled() -> None:
     data = saved(np.array([{"a": 1}] * 5, object), allow_pickle=True)
     with pytest.raises(ValueError, match="allow_pickle"):

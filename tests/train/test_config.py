@@ -63,6 +63,24 @@ def test_wrong_settings_are_named(override, expected):
         parse([override])
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("data.seconds=1e308", "data.seconds=0", "data.seconds=.nan", "data.retry_s=1e300"),
+        *("data.window_shards=10000000000000000000", "data.cache_gb=1e300", "data.cache_gb=.inf"),
+        *("data.text_cache_mb=10000000000000000000", "data.read_threads=10000000"),
+        *("data.prefetch_steps=10000000", "data.root=a\0b", "data.cache_dir=a\0b"),
+        *("data.mix.0.weight=1e-300", "data.mix.0.weight=1e308", "data.mix.0.root=a\0b"),
+    ],
+)
+def test_values_that_nothing_can_be_done_with_are_named(override):
+    name, _, value = override.partition("=")
+    if name.startswith("data.mix"):
+        override = f'data.mix=[{{root: "b", {name[11:]}: "{value}"}}]'.replace("\0", "\\0")
+    with pytest.raises(ConfigError, match=rf"setting '{name}': .*, got [^\n]*$"):
+        parse([override])
+
+
 def test_missing_settings_file_is_named():
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         parse(["--config", "nowhere.yaml"])

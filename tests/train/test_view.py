@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data_root import open_root
 from pipeline.files import write_json
-from pipeline.format import FormatError, open_column
+from pipeline.format import INDEX_DTYPE, FormatError, open_column
 from pipeline.settings import ConfigError
 from tests.pipeline.servers import s3_bucket
 from tests.train.columns import Dataset
@@ -141,6 +143,17 @@ def test_one_percent_of_failed_clips_is_let_pass(tmp_path: Path) -> None:
 def test_no_clip_left_is_an_error(dataset: Dataset) -> None:
     with pytest.raises(FormatError, match="none is left"):
         view_of(dataset, seconds=11.0, missing="drop")
+
+
+def test_nothing_wanted_is_told_from_nothing_usable(tmp_path: Path) -> None:
+    built = Dataset(tmp_path / "shards", failed={1: "silent"}, splits={3: "test"}).build()
+    with pytest.raises(FormatError, match=r"no clips of subset 'heldout': of its 40, 40 are outs"):
+        view_of(Dataset(tmp_path / "two").build(), "heldout", heldout_share=0.0)
+    with pytest.raises(FormatError) as caught:
+        view_of(built, "train", heldout_share=0.0, filter="start_s > 1" + " or start_s > 1" * 600)
+    text = str(caught.value)
+    assert "no clips of subset 'train' that pass data.filter 'start_s > 1 or" in text
+    assert "of its 40, 1 are outside" in text and "39 don't pass" in text and len(text) < 600
 
 
 def test_clips_of_a_failed_caption_are_not_usable(tmp_path: Path) -> None:
@@ -318,6 +331,7 @@ def test_missing_column_is_named(dataset: Dataset) -> None:
         ("audio", {"axes": ("time", "channel", "x", "y", "z")}),
         ("audio", {"rate_hz": "25"}),
         ("audio", {"rate_hz": 0.0}),
+        ("video", {"rate_hz": 1e308}),
         ("text", {"axes": ("token", "word", "channel")}),
         ("text", {"dtype": "float32"}),
     ],
@@ -335,7 +349,7 @@ def test_columns_that_no_batch_can_be_made_of_are_named(
 
 def test_plan_without_clips_is_an_error(tmp_path: Path) -> None:
     built = Dataset(tmp_path / "shards", num_clips=0).build()
-    with pytest.raises(FormatError, match=r"0 of 0 clips .*none is left"):
+    with pytest.raises(FormatError, match=r"no clips of subset 'all': of its 0, 0 are outside"):
         view_of(built)
 
 
@@ -407,6 +421,18 @@ def test_record_of_another_shard_is_found(dataset: Dataset) -> None:
         ({"keys_hash": "0" * 16}, r"000002.json: keys_hash is 0{16}"),
         ({"tar": "../../other.tar"}, r"000002.json: tar is '../../other.tar'"),
         ({"channels": {"count": 1, "sum": [0.0], "sum_of_squares": [0.0]}}, "of 1 channels"),
+        (
+            {"channels": {"count": 9, "sum": [0.0] * 2, "sum_of_squares": [1.0, -1.0]}},
+            "channel 1 has the sum 0.0 and the sum of squares -1.0, which no 9 values have",
+        ),
+        (
+            {"channels": {"count": 9, "sum": [4.0] * 2, "sum_of_squares": [1.0, 1.0]}},
+            "channel 0 has the sum 4.0 and",
+        ),
+        (
+            {"channels": {"count": 9, "sum": [1e308] * 2, "sum_of_squares": [1e308] * 2}},
+            r"channel 0 has the sum 1e\+308",
+        ),
         ({"tar_bytes": 512}, "doesn't fit 512 bytes of tar"),
     ],
 )
@@ -440,6 +466,28 @@ def test_damaged_empty_caption_is_found(dataset: Dataset) -> None:
     data[int(index["offset"][0])] ^= 1
     path.write_bytes(data)
     with pytest.raises(FormatError, match=r"empty caption.*crc32c"):
+        view_of(dataset)
+
+
+def test_captions_of_another_width_are_found(dataset: Dataset) -> None:
+    path = dataset.column_path("text")
+    column = open_column(dataset.root, path.name, dataset.plan.plan_id)
+    (path / "000001.json").unlink()
+    dataclasses.replace(dataset, text_width=5).write_shard(column, 1, "other")
+    with pytest.raises(FormatError, match=r"shard 1: tokens are \[5, 6\] wide, expected one"):
+        view_of(dataset)
+
+
+def test_index_that_tells_of_more_rows_than_memory_holds_is_named(dataset: Dataset) -> None:
+    path = dataset.column_path("video") / "000001"
+    header = io.BytesIO()
+    facts = {"descr": INDEX_DTYPE.descr, "fortran_order": False, "shape": (10**13,)}
+    np.lib.format.write_array_header_1_0(header, facts)
+    path.with_name("000001.idx.npy").write_bytes(header.getvalue())
+    record = json.loads(path.with_name("000001.json").read_text())
+    record["index_crc32c"] = google_crc32c.value(header.getvalue())
+    path.with_name("000001.json").write_text(json.dumps(record))
+    with pytest.raises(FormatError, match=r"000001.idx.npy can't be read .*memory"):
         view_of(dataset)
 
 

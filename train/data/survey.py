@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.files import map_ahead
-from pipeline.format import Column, FormatError, Plan, keys_hash, shard_name
+from pipeline.format import OK, Column, FormatError, Plan, keys_hash, shard_name
 from pipeline.plan_table import PlanTable
 from pipeline.records import ChannelSums, record_path, repair
 from pipeline.tables import open_parquet
@@ -82,19 +82,25 @@ def read_text(column: Column, plan: Plan) -> tuple[np.ndarray, list[int]]:
     """Return the status of every caption, uint8, and the crc32c of every index.
 
     Raises:
-        FormatError, OSError: as ``read_committed``.
+        FormatError, OSError: as ``read_committed``; or captions have several widths.
     """
     rows_per_shard = plan.shard_rows(text=True)
     shards = range(len(rows_per_shard))
+    status, crcs, widths = [np.empty(0, np.uint8)], [], set()
 
-    def read(shard: int) -> tuple[np.ndarray, int]:
-        found = read_committed(column, shard, rows_per_shard)
-        return found.index["status"].astype(np.uint8), found.record.index_crc32c
+    def read(shard: int) -> CommittedShard:
+        return read_committed(column, shard, rows_per_shard)
 
-    found = list(map_ahead(column.path, read, shards))
-    return np.concatenate([np.empty(0, np.uint8), *(one for one, _ in found)]), [
-        crc for _, crc in found
-    ]
+    for shard, found in enumerate(map_ahead(column.path, read, shards)):
+        status.append(found.index["status"].astype(np.uint8))
+        crcs.append(found.record.index_crc32c)
+        widths |= set(found.index["shape"][found.index["status"] == OK, 1].tolist())
+        if len(widths) > 1:
+            raise FormatError(
+                f"{column.path} shard {shard}: tokens are {sorted(widths)} wide, expected one "
+                f"width in the whole column; {repair(column, shard)}"
+            )
+    return np.concatenate(status), crcs
 
 
 def check_keys(
@@ -176,6 +182,17 @@ class _Sums:
                 f"{record_path(self.column, shard)}: sums of {len(total)} and squares of "
                 f"{len(squares)} channels, expected {len(self.total)} as in the shards before; "
                 f"{repair(self.column, shard)}"
+            )
+        with np.errstate(over="ignore"):
+            # A mean square is no less than the square of the mean, but for rounding.
+            most = (1 + 1e-6) * squares * channels.count
+            is_wrong = ~(np.isfinite(most) & (total**2 <= most))
+        if is_wrong.any():
+            channel = int(np.flatnonzero(is_wrong)[0])
+            raise FormatError(
+                f"{record_path(self.column, shard)}: channel {channel} has the sum "
+                f"{total[channel]} and the sum of squares {squares[channel]}, which no "
+                f"{channels.count} values have; {repair(self.column, shard)}"
             )
         self.count += channels.count
         self.total, self.squares = self.total + total, self.squares + squares

@@ -6,7 +6,6 @@ the census on disk, and the indices of a shard are read, and checked, when its t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -27,12 +26,13 @@ from train.data.buckets import Bucket, assign_buckets, bucket_of_kind, latent_sp
 from train.data.census_cache import open_census
 from train.data.classes import CLIP_MODALITIES, Selection, Subset
 from train.data.config import DataConfig, PartConfig
-from train.data.filters import parse_filter
+from train.data.filters import parse_filter, shown
 from train.data.part import Part, Source
 from train.data.payload import read_row
 from train.latents import LatentSpec
 
 MOST_MISSING = 0.01  # share of a subset's clips that may be unusable without being asked for
+MOST_RATE_HZ = 1e6  # of latents
 # What the columns of a modality have in common, in all data sets of a view.
 COMMON_FIELDS = ("codec", "weights", "axes", "rate_hz", "offset_s", "dtype")
 
@@ -166,7 +166,7 @@ def check_spec(column: Column, is_text: bool) -> None:
     first, num_axes = ("token", 2) if is_text else ("time", len(spec.axes))
     is_shaped = spec.axes[:1] == (first,) and "channel" in spec.axes[1:] and num_axes <= 4
     rate_hz = spec.rate_hz
-    is_timed = is_text or (isinstance(rate_hz, int | float) and 0 < rate_hz < math.inf)
+    is_timed = is_text or (isinstance(rate_hz, int | float) and 0 < rate_hz <= MOST_RATE_HZ)
     if not (is_shaped and is_timed and len(spec.axes) == num_axes):
         raise FormatError(
             f"{column.path} has axes {spec.axes} at {rate_hz!r} Hz, expected {first!r} first, a "
@@ -217,6 +217,15 @@ def check_missing(source: Source, config: DataConfig, subset: Subset) -> None:
         FormatError: none is, or more are missing than ``config.missing`` allows.
     """
     tally = source.census.head.tally
+    chosen = f"clips of subset {subset!r}"
+    if source.config.filter is not None:
+        chosen += f" that pass data.filter {shown(source.config.filter)}"
+    if not tally.wanted:
+        raise FormatError(
+            f"{source.root} has no {chosen}: of its {tally.planned}, {tally.outside} are outside "
+            f"of the subset and {tally.filtered} don't pass; choose others (data.filter, "
+            "data.heldout_share, or the splits of the plan)"
+        )
     missing = tally.wanted - tally.complete
     usable = tally.complete
     if config.missing == "mask":
@@ -226,10 +235,7 @@ def check_missing(source: Source, config: DataConfig, subset: Subset) -> None:
         for n, c in tally.reasons.items()
     }
     found = ", ".join(f"{name} {count}" for name, count in reasons.items()) or "none"
-    message = f"{source.root}: {missing} of {tally.wanted} clips of subset {subset!r}"
-    if source.config.filter is not None:
-        message += f" that pass {source.config.filter!r}"
-    message += f" can't be used ({found})"
+    message = f"{source.root}: {missing} of {tally.wanted} {chosen} can't be used ({found})"
     if not usable:
         raise FormatError(f"{message}: none is left; lower data.seconds or encode more clips")
     if config.missing == "error" and missing > MOST_MISSING * tally.wanted:
