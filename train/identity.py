@@ -28,10 +28,22 @@ def describe_run(config: TrainConfig, view: View) -> dict[str, Any]:
         "seed": config.seed,
         "model": as_dict(config.model),
         "objective": {"flow": as_dict(config.flow), "tasks": as_dict(config.tasks)},
-        "view": {
-            "view_id": view.view_id,
-            "columns": {str(i): column_names(part) for i, part in enumerate(view.parts)},
-        },
+        "view": describe_view(view),
+    }
+
+
+def describe_view(view: View) -> dict[str, Any]:
+    """Return the name of a view, and what of it can be told to differ, as JSON values."""
+    config, parts = view.config, dict(enumerate(view.parts))
+    return {
+        "view_id": view.view_id,
+        "seconds": config.seconds,
+        "window_shards": config.window_shards,
+        "tail": config.tail,
+        "masks": config.missing == "mask",
+        "columns": {str(number): column_names(part) for number, part in parts.items()},
+        "clips": {str(number): part.num_clips for number, part in parts.items()},
+        "content": {str(number): part.census.head.content[:8] for number, part in parts.items()},
     }
 
 
@@ -95,7 +107,8 @@ def check_continues(
     if changed:
         raise ResumeError(
             f"{folder} is of another run: {'; '.join(changed)}. "
-            "Restore the settings to continue it, or set another run_dir to start afresh"
+            "To continue it, restore the settings, and data sets whose clips or content differ "
+            "(they were encoded again, or further); or set another run_dir to start afresh"
         )
     changed = differences(state["layout"], layout)
     if changed:

@@ -118,11 +118,21 @@ def test_data_sets_that_are_mixed_are_shown_one_by_one(tmp_path, monkeypatch, ca
     assert "4 steps of 8 clips of data set 1" in printed
 
 
+def test_a_model_that_does_not_fit_hides_no_data(call):
+    printed = call("data.missing=drop", "model.video_patch=[2, 2, 2]")
+    assert "training refuses this: the model does not fit bucket 0 (28 clips" in printed
+    assert "bucket 0             video [8, 2, 3, 3], audio [50, 4, 2]: 28 clips\n" in printed
+    found = json.loads(call("--json", "data.missing=drop", "model.video_patch=[2, 2, 2]"))
+    assert "does not fit" in found["misfit"] and found["buckets"][0]["tokens"] is None
+    assert json.loads(call("--json", "data.missing=drop"))["misfit"] is None
+
+
 def test_errors_are_one_line_and_exit_status_1(call, tmp_path):
     for arguments, data, expected in (
         ((), tmp_path / "nowhere", "error: .*plan.json is missing"),
         (("--video", "dct"), None, "error: .*has no video column 'dct'"),
         (("data.second=3",), None, "error: .*did you mean 'data.seconds'"),
+        (("--global-batch", "1000000000000"), None, "error: global_batch=10+: expected at most"),
     ):
         with pytest.raises(SystemExit, match=expected) as ended:
             call(*arguments, **({"data": data} if data else {}))

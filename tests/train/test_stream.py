@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from pipeline.format import FormatError
+from pipeline.settings import ConfigError
 from tests.train.layouts import NOT_USABLE, ShardBuckets, content, uniform_shards
 from train.data.stream import ROUND_STEPS, Cursor, Place, Stream
 from train.errors import ResumeError
@@ -47,6 +48,13 @@ def test_a_cursor_survives_json():
         (changed(steps=3.0), "cursor.steps 3.0, expected a whole number"),
         (changed(places={}), "cursor.places {}, expected a list"),
         (changed(places=[7]), r"cursor.places\[0\] 7, expected the fields epoch, consumed"),
+        (changed(samples=2**62), "cursor.samples 46.*, expected a whole number"),
+        (changed(samples=7), "cursor.samples 7, expected what 3 steps and 8 rows used"),
+        (changed(samples=0, places=[]), "cursor.samples 0, expected what 3 steps and 0 rows"),
+        (changed(steps=0), "cursor.samples 24, expected what 0 steps"),
+        (changed(steps=25), "cursor.samples 24, expected what 25 steps"),
+        (of_place(epoch=10**30), r"cursor.places\[0\].epoch 10+, expected a whole number"),
+        (of_place(consumed=[20, 5]), "cursor.samples 24, expected what 3 steps and 25 rows used"),
         (of_place(epoch="1"), r"cursor.places\[0\].epoch '1', expected a whole number"),
         (of_place(consumed=8), r"cursor.places\[0\].consumed 8, expected a list"),
         (of_place(consumed=[8, None]), r"cursor.places\[0\].consumed\[1\] None, expected a whole"),
@@ -149,6 +157,12 @@ def test_a_batch_names_the_shards_that_it_needs():
     shard_of = [0, 1, 1, 1, 2, 2, 2, 2]
     expected = dict.fromkeys(shard_of[row] for row in batch.rows)
     assert stream.shards_of(batch) == list(expected)
+
+
+def test_a_batch_beyond_reason_is_refused_before_any_row_is_taken():
+    make_stream([uniform_shards(4, 10)], global_batch=2**20)
+    with pytest.raises(ConfigError, match=r"global_batch=1048577: expected at most 1048576"):
+        make_stream([uniform_shards(4, 10)], global_batch=2**20 + 1)
 
 
 def test_a_data_set_without_a_usable_clip_is_an_error():

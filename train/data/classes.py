@@ -21,6 +21,7 @@ Subset = Literal["train", "heldout", "all"]
 CLIP_MODALITIES = ("video", "audio")
 SHORT = len(STATUSES)  # code of a clip that is shorter than the crop
 STATUS_NAMES = (*STATUSES, "short")
+MOST_MISSING = 0.01  # share of the wanted clips that may be unusable without being asked for
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,17 @@ class Classifier:
                 f"{clip_class}; encode with fewer sizes (video.sizes)"
             )
         return number
+
+
+def has_too_few(tally: Tally) -> bool:
+    """Return whether more clips are not whole than ``data.missing=error`` lets pass."""
+    return tally.wanted - tally.complete > MOST_MISSING * tally.wanted
+
+
+def reasons_in_words(reasons: Mapping[str, int], seconds: float) -> str:
+    """Return why clips are not whole, with counts, such as "silent 2, shorter than 8 s 1"."""
+    names = {"short": f"shorter than {seconds:g} s"}
+    return ", ".join(f"{names.get(name, name)} {count:,}" for name, count in reasons.items())
 
 
 def distinct_rows(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

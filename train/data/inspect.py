@@ -22,9 +22,10 @@ from pipeline.format import FormatError
 from pipeline.settings import ConfigError
 from pipeline.wording import counted
 from train.config import TrainConfig, load_train_config
+from train.data.classes import MOST_MISSING, has_too_few, reasons_in_words
 from train.data.part import Part
 from train.data.stream import GlobalBatch, Stream
-from train.data.view import MOST_MISSING, View, open_view
+from train.data.view import View, open_view
 from train.latents import LatentSpec
 from train.new_model import tokens_by_bucket
 from train.objective.tasks import TASKS
@@ -85,7 +86,7 @@ def inspect(config: TrainConfig, subset: Any) -> dict[str, Any]:
 
     Raises:
         FormatError, ConfigError: as ``open_view``; but too many clips that can't be used are
-            described, not an error.
+            described, not an error, and so is a model that doesn't fit the clips.
     """
     data = config.data
     if data.missing == "error":
@@ -104,14 +105,20 @@ def inspect(config: TrainConfig, subset: Any) -> dict[str, Any]:
         {**describe_part(part), "steps_per_epoch": steps}
         for part, steps in zip(view.parts, stream.steps_per_epoch, strict=True)
     ]
-    tokens = tokens_by_bucket(config.model, view)
+    misfit, tokens = None, [None] * len(view.buckets)
+    try:
+        tokens = tokens_by_bucket(config.model, view)
+    except ConfigError as error:
+        misfit = str(error)
+    tallies = [part.census.head.tally for part in view.parts]
     return {
         "subset": subset,
         "seconds": data.seconds,
         "missing": config.data.missing,
         "view_id": view.view_id,
         "parts": parts,
-        "is_refused": config.data.missing == "error" and any(map(has_too_few, view.parts)),
+        "is_refused": config.data.missing == "error" and any(map(has_too_few, tallies)),
+        "misfit": misfit,
         "tasks": clips_by_task(view),
         "buckets": [
             {
@@ -150,12 +157,6 @@ def describe_part(part: Part) -> dict[str, Any]:
         "reasons": tally.reasons,
         "statuses": tally.statuses,
     }
-
-
-def has_too_few(part: Part) -> bool:
-    """Return whether ``data.missing=error`` refuses a data set."""
-    tally = part.census.head.tally
-    return tally.wanted - tally.complete > MOST_MISSING * tally.wanted
 
 
 def clips_by_task(view: View) -> dict[str, int]:
@@ -207,14 +208,14 @@ def as_text(found: dict[str, Any]) -> str:
             f"training refuses this: more than {MOST_MISSING:.0%} of the clips can't be used; "
             "encode them again, or set data.missing to drop or mask"
         )
+    if found["misfit"]:
+        lines.append(f"training refuses this: {found['misfit']}")
     tasks = ", ".join(f"{name} {count:,}" for name, count in found["tasks"].items())
     lines.append(f"clips by task        {tasks}")
     for number, bucket in enumerate(found["buckets"]):
         shapes = f"video {list(bucket['video'])}, audio {list(bucket['audio'])}"
-        lines.append(
-            f"bucket {number:<14}{shapes}: "
-            f"{counted(bucket['clips'], 'clip')} of {bucket['tokens']:,} tokens"
-        )
+        size = f" of {bucket['tokens']:,} tokens" if bucket["tokens"] else ""
+        lines.append(f"bucket {number:<14}{shapes}: {counted(bucket['clips'], 'clip')}{size}")
     size = found["global_batch"]
     for number, part in enumerate(found["parts"]):
         which = f" of data set {number}" if number else ""
@@ -242,11 +243,7 @@ def part_lines(part: dict[str, Any], found: dict[str, Any]) -> list[str]:
         f"alone {clips['video_only']:,}, audio alone {clips['audio_only']:,}",
     ]
     if part["reasons"]:
-        short = f"shorter than {found['seconds']:g} s"
-        why = ", ".join(
-            f"{short if name == 'short' else name} {count:,}"
-            for name, count in part["reasons"].items()
-        )
+        why = reasons_in_words(part["reasons"], found["seconds"])
         lines.append(f"  not whole          {why}")
     return lines
 

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.format import FormatError
+from pipeline.settings import ConfigError
 from train.data.order import EpochOrder, Layout, Tail, permutation, wraps
 from train.errors import ResumeError
 from train.rng import seed_of, uniform
 
 ROUND_STEPS = 1024  # data sets share every so many steps by their weights
+MOST_ROWS = 1 << 20  # of a global batch
+MOST_COUNTED = 1 << 62  # samples, steps or rows: what is added to them must fit 64 bits
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class Cursor:
                 )
             )
         samples, steps = (_count(fields[name], f"cursor.{name}") for name in ("samples", "steps"))
+        used = sum(sum(place.consumed) for place in places)
+        if not max(steps, used) <= samples <= steps * MOST_ROWS:
+            expected = f"what {steps} steps and {used} rows used in these epochs can be"
+            raise _damaged("cursor.samples", samples, expected)
         return cls(samples, steps, tuple(places))
 
 
@@ -117,6 +124,7 @@ class Stream:
 
     Raises:
         FormatError: a data set has no usable clip.
+        ConfigError: the global batch is too large.
     """
 
     def __init__(
@@ -129,6 +137,8 @@ class Stream:
         tail: Tail,
         seed: int,
     ) -> None:
+        if global_batch > MOST_ROWS:
+            raise ConfigError(f"global_batch={global_batch}: expected at most {MOST_ROWS} clips")
         self._parts, self._global_batch = tuple(parts), global_batch
         self._tail: Tail = tail
         self._window_shards, self._seed = window_shards, seed
@@ -249,6 +259,6 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _count(value: Any, name: str) -> int:
-    if type(value) is not int or value < 0:  # True is an int too
-        raise _damaged(name, value, "a whole number, 0 or more")
+    if type(value) is not int or not 0 <= value < MOST_COUNTED:  # True is an int too
+        raise _damaged(name, value, f"a whole number from 0 to {MOST_COUNTED}")
     return value

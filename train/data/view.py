@@ -24,14 +24,19 @@ from pipeline.format import (
 from pipeline.settings import ConfigError
 from train.data.buckets import Bucket, assign_buckets, bucket_of_kind, latent_spec
 from train.data.census_cache import open_census
-from train.data.classes import CLIP_MODALITIES, Selection, Subset
+from train.data.classes import (
+    CLIP_MODALITIES,
+    Selection,
+    Subset,
+    has_too_few,
+    reasons_in_words,
+)
 from train.data.config import DataConfig, PartConfig
 from train.data.filters import parse_filter, shown
 from train.data.part import Part, Source
 from train.data.payload import read_row
 from train.latents import LatentSpec
 
-MOST_MISSING = 0.01  # share of a subset's clips that may be unusable without being asked for
 MOST_RATE_HZ = 1e6  # of latents
 # What the columns of a modality have in common, in all data sets of a view.
 COMMON_FIELDS = ("codec", "weights", "axes", "rate_hz", "offset_s", "dtype")
@@ -230,15 +235,11 @@ def check_missing(source: Source, config: DataConfig, subset: Subset) -> None:
     usable = tally.complete
     if config.missing == "mask":
         usable += tally.video_only + tally.audio_only
-    reasons = {
-        f"shorter than {config.seconds:g} s" if n == "short" else n: c
-        for n, c in tally.reasons.items()
-    }
-    found = ", ".join(f"{name} {count}" for name, count in reasons.items()) or "none"
+    found = reasons_in_words(tally.reasons, config.seconds) or "none"
     message = f"{source.root}: {missing} of {tally.wanted} {chosen} can't be used ({found})"
     if not usable:
         raise FormatError(f"{message}: none is left; lower data.seconds or encode more clips")
-    if config.missing == "error" and missing > MOST_MISSING * tally.wanted:
+    if config.missing == "error" and has_too_few(tally):
         raise FormatError(f"{message}; encode them again, or set data.missing=drop")
 
 
