@@ -20,7 +20,7 @@ from train.data import shard_files, tar_bytes
 from train.data.captions import CaptionCache, Captions
 from train.data.payload import DamagedPayload
 from train.data.retry import Patience
-from train.data.shard_files import ShardFiles
+from train.data.shard_files import TarStore
 
 
 @pytest.fixture
@@ -56,8 +56,9 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def captions_of(dataset: Dataset, tmp_path: Path, capacity_bytes: int = 1 << 20) -> Captions:
     view = view_of(dataset, cache_dir=str(tmp_path / "cache"))
     closing = threading.Event()
-    files = ShardFiles(str(tmp_path / "cache"), 10**9, closing)
-    return Captions(view.parts[0], 0, CaptionCache(capacity_bytes), files, Patience(0, closing))
+    tars = TarStore(str(tmp_path / "cache"), 10**9, closing)
+    cache, patience = CaptionCache(capacity_bytes), Patience(0, closing)
+    return Captions(view.parts[0], 0, cache, tars, patience)
 
 
 @pytest.mark.parametrize("kind", ["local", "remote"])

@@ -264,6 +264,17 @@ def test_damaged_caption_is_replaced_with_its_clip(dataset: Dataset) -> None:
     assert keys and all(dataset.text_row(clip_of(key)) != 3 for key in keys)
 
 
+def test_damaged_caption_of_many_clips_counts_for_each(dataset: Dataset) -> None:
+    column = column_of(dataset, "text")
+    path, record = column.tar_path(1), column.index(1, 3)[0]  # caption 3, of clips 2, 8, 14, 20
+    data = bytearray(path.read_bytes())
+    data[int(record["offset"])] ^= 1
+    path.write_bytes(data)
+    read_epochs(view_of(dataset, max_damaged=4), num=5)
+    with pytest.raises(FormatError, match=r"4 clips are damaged.*row 0 \(caption 3\)"):
+        read_epochs(view_of(dataset, max_damaged=3))
+
+
 @pytest.mark.parametrize("max_damaged", [0, 2])
 def test_more_damage_than_allowed_stops_and_names_the_last_and_the_remedy(
     dataset: Dataset, max_damaged: int
@@ -271,7 +282,7 @@ def test_more_damage_than_allowed_stops_and_names_the_last_and_the_remedy(
     view = view_of(dataset, max_damaged=max_damaged)
     paths = [flip(dataset, clip) for clip in (2, 9, 10, 20)]
     pattern = (
-        rf"{max_damaged + 1} payloads are damaged, more than data.max_damaged={max_damaged}; the "
+        rf"{max_damaged + 1} clips are damaged, more than data.max_damaged={max_damaged}; the "
         rf"last: ({'|'.join(map(str, paths))}) row \d \(clip000\d\d\): crc32c is .*remove .*"
         rf"pipeline.encode again.*pipeline.verify {dataset.root} --full"
     )
@@ -289,7 +300,7 @@ def test_zeroed_tail_is_replaced_or_stops_and_no_zeros_come(dataset: Dataset) ->
     assert not keys & {"clip00014", "clip00015"}
 
     path.write_bytes(bytes(len(data)))
-    with pytest.raises(FormatError, match=rf"4 payloads are damaged.*{path}"):
+    with pytest.raises(FormatError, match=rf"4 clips are damaged.*{path}"):
         read_epochs(view)
 
 

@@ -31,6 +31,7 @@ from tests.train.batches import (
 )
 from tests.train.columns import AUDIO_RATE_HZ, VIDEO_RATE_HZ, Dataset
 from train.data.config import PartConfig
+from train.data.loader import LatentLoader
 from train.data.retry import LoaderClosed
 from train.data.view import View
 from train.errors import ResumeError
@@ -238,21 +239,21 @@ def test_state_that_is_none_is_refused(view: View, state: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    "changes",
     [
-        ({"steps": 0}, "cursor.steps is 0 for 8 samples"),
-        ({"steps": 10**30}, "cursor.steps is"),
-        ({"samples": 2**63 - 8}, "more than can be"),
-        ({"places": [{"epoch": 10**30, "consumed": [8]}]}, "an epoch of cursor.places"),
+        {"steps": 0},
+        {"steps": 10**30},
+        {"samples": 2**63 - 8},
+        {"places": [{"epoch": 10**30, "consumed": [8]}]},
     ],
 )
-def test_impossible_cursor_is_refused(view: View, changes: dict[str, Any], message: str) -> None:
+def test_impossible_cursor_is_refused(view: View, changes: dict[str, Any]) -> None:
     with loader_of(view) as loader:
         next(loader)
         state = loader.state_dict()
         cursor = {**state["cursor"], **changes}
         damaged = {**state, "cursor": cursor, "samples_consumed": cursor["samples"]}
-        with pytest.raises(ResumeError, match=message):
+        with pytest.raises(ResumeError, match=r"cursor\."):
             loader.load_state_dict(damaged)
 
 
@@ -471,6 +472,23 @@ def test_wait_step_waits_for_all_of_a_step_and_changes_nothing(
     assert found == expected
 
 
+def test_wait_step_comes_back_in_time_and_goes_on_waiting(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "shards", num_clips=8).build()
+    view = view_of(dataset, retry_s=3600)
+    expected = global_batches(view, 1)
+    folder, away = dataset.column_path("audio"), tmp_path / "away"
+    folder.rename(away)
+    with loader_of(view, micro_batch=4) as loader:
+        for _ in range(3):
+            assert not loader.wait_step(0.05)
+            assert not loader.wait_step(0)
+        away.rename(folder)
+        assert loader.wait_step()
+        assert loader.wait_step(0)
+        found = [row for _ in range(2) for row in rows_of(next(loader))]
+    assert [found] == expected
+
+
 def refuse_unset(wait: Any) -> Any:
     """Return an ``Event.wait`` that fails in the main thread where it would have to wait."""
 
@@ -534,6 +552,27 @@ def test_close_ends_threads_and_closes_tars(view: View) -> None:
         loader.close()
         with pytest.raises(LoaderClosed, match="closed"):
             next(loader)
+
+
+def test_close_ends_waiting_in_another_thread(view: View) -> None:
+    for turn in range(30):
+        loader = loader_of(view, micro_batch=2)
+        failures: list[BaseException] = []
+
+        def consume(loader: LatentLoader = loader, failures: list = failures) -> None:
+            try:
+                while True:
+                    loader.wait_step()
+                    next(loader)
+            except LoaderClosed as error:
+                failures.append(error)
+
+        consumer = threading.Thread(target=consume)
+        consumer.start()
+        threading.Event().wait(turn * 0.002)
+        loader.close()
+        consumer.join()
+        assert len(failures) == 1
 
 
 def test_tars_of_windows_behind_are_closed(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def test_batches_are_those_of_the_stream_and_their_shards_are_ready(num_parts: i
             assert (batch.part, batch.first_sample) == (want.part, want.first_sample)
             np.testing.assert_array_equal(batch.rows, want.rows)
             for shard in stream.shards_of(batch):
-                assert shards.get(batch.part, shard).place == (batch.part, shard)
+                assert shards.get(batch.part, shard).place[:2] == (batch.part, shard)
             shards.advance(batch.cursor.samples)
 
 
@@ -196,23 +196,48 @@ def test_close_wakes_up_who_waits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("counts", "global_batch", "tail", "expected"),
+    ("counts", "global_batch", "expected"),
     [
-        ([[100]] * 50, 64, "drop", 4),  # two windows
-        ([[100]] * 50, 1000, "drop", 10 + 2),  # a batch larger than a window
-        ([[100, 2]] * 50, 64, "drop", 32 + 2),  # of a rare shape
-        ([[100, 0]] * 49 + [[100, 40]], 64, "drop", 4),  # of a shape that never fills a batch
-        ([[100, 0]] * 49 + [[100, 40]], 64, "wrap", 40 + 2),
-        ([[3]] * 5, 64, "drop", 5 + 2),  # every batch repeats rows
+        ([[100]] * 50, 64, 4),  # two windows
+        ([[100]] * 50, 1000, 2 * 6),  # a batch larger than a window
+        ([[100, 2]] * 50, 64, 4),  # rows of rare shapes are left over and come on top
     ],
 )
-def test_as_many_shards_are_open_as_a_batch_of_a_rare_shape_needs(
-    counts: list[list[int]], global_batch: int, tail: str, expected: int
+def test_two_windows_are_ready_or_what_a_large_batch_needs(
+    counts: list[list[int]], global_batch: int, expected: int
 ) -> None:
-    part = SimpleNamespace(counts=np.array(counts, np.int32))
-    config = SimpleNamespace(window_shards=2, tail=tail)
-    view: Any = SimpleNamespace(parts=(part,), config=config)
+    part = SimpleNamespace(counts=np.array(counts, np.int32), num_clips=int(np.sum(counts)))
+    view: Any = SimpleNamespace(parts=(part,), config=SimpleNamespace(window_shards=2))
     assert shards_ahead(view, global_batch) == expected
+
+
+class RareLayout(Layout):
+    """Each shard has one row of a second shape."""
+
+    counts = np.tile([ROWS - 1, 1], (NUM_SHARDS, 1))
+
+    def buckets_of(self, shard: int) -> np.ndarray:
+        return np.array([0] * (ROWS - 1) + [1], np.uint8)
+
+
+def test_shards_of_which_rows_were_left_over_are_told_from_those_of_a_window() -> None:
+    stream, places = stream_of(RareLayout(), global_batch=10), []
+
+    def prepare(place: ShardPlace) -> Opened:
+        places.append(place)
+        return Opened(place)
+
+    with lookahead(stream, prepare) as shards:
+        for _ in range(3 * stream.steps_per_epoch[0]):
+            batch = shards.next_batch(is_needed=True)
+            assert batch is not None
+            for shard in stream.shards_of(batch):
+                opened = shards.get(batch.part, shard)
+                assert opened.place.shard == shard
+                assert batch.bucket == 1 or not opened.place.is_behind
+            shards.advance(batch.cursor.samples)
+    # A batch of the rare shape needs ten shards, from five windows.
+    assert any(place.is_behind for place in places)
 
 
 # -- captions in memory

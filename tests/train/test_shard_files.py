@@ -19,7 +19,7 @@ from pipeline.format import FormatError
 from pipeline.settings import ConfigError
 from train.data import shard_files
 from train.data.retry import LoaderClosed
-from train.data.shard_files import SPARE_FILES, ShardFiles, allow_open_files, copy_name
+from train.data.shard_files import SPARE_FILES, TarStore, allow_open_files, copy_name
 from train.data.tar_bytes import LocalTar, TarFacts
 
 CONTENT = bytes(range(256)) * 40
@@ -34,8 +34,8 @@ def remote() -> Any:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> ShardFiles:
-    return ShardFiles(str(tmp_path / "cache"), 3 * len(CONTENT), threading.Event())
+def files(tmp_path: Path) -> TarStore:
+    return TarStore(str(tmp_path / "cache"), 3 * len(CONTENT), threading.Event())
 
 
 def put(remote: Any, number: int = 0, content: bytes = CONTENT, **facts: Any) -> TarFacts:
@@ -55,7 +55,7 @@ def copies(tmp_path: Path) -> list[str]:
     return sorted(path.name for path in (tmp_path / "cache").rglob("*.tar*"))
 
 
-def test_local_tar_is_the_file_itself(files: ShardFiles, tmp_path: Path) -> None:
+def test_local_tar_is_the_file_itself(files: TarStore, tmp_path: Path) -> None:
     path = tmp_path / "000000.tar"
     path.write_bytes(CONTENT)
     tar = files.open(TarFacts(path, len(CONTENT), 0, "mend"))
@@ -65,7 +65,7 @@ def test_local_tar_is_the_file_itself(files: ShardFiles, tmp_path: Path) -> None
 
 
 def test_remote_tar_is_copied_once(
-    files: ShardFiles, remote: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: TarStore, remote: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_files, "REQUEST_BYTES", 1000)
     facts = put(remote)
@@ -78,7 +78,7 @@ def test_remote_tar_is_copied_once(
 
 
 def test_copies_in_use_stay_and_others_make_room(
-    files: ShardFiles, remote: Any, tmp_path: Path
+    files: TarStore, remote: Any, tmp_path: Path
 ) -> None:
     held = files.open(put(remote, 0))
     for number in range(1, 8):
@@ -94,7 +94,7 @@ def test_copies_in_use_stay_and_others_make_room(
     assert name not in copies(tmp_path)
 
 
-def test_wrong_bytes_are_named_and_not_kept(files: ShardFiles, remote: Any, tmp_path: Path) -> None:
+def test_wrong_bytes_are_named_and_not_kept(files: TarStore, remote: Any, tmp_path: Path) -> None:
     wrong = CONTENT[:-1] + b"?"
     facts = put(remote, content=wrong)
     found, expected = google_crc32c.value(wrong), facts.crc32c
@@ -109,7 +109,7 @@ def test_wrong_bytes_are_named_and_not_kept(files: ShardFiles, remote: Any, tmp_
 
 
 def test_bytes_that_are_wrong_once_on_their_way_are_fetched_again(
-    files: ShardFiles, remote: Any, monkeypatch: pytest.MonkeyPatch
+    files: TarStore, remote: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts, read, calls = put(remote), shard_files.read_range, []
 
@@ -123,9 +123,7 @@ def test_bytes_that_are_wrong_once_on_their_way_are_fetched_again(
     assert calls == [0, 0]
 
 
-def test_remote_tar_that_ends_early_is_named(
-    files: ShardFiles, remote: Any, tmp_path: Path
-) -> None:
+def test_remote_tar_that_ends_early_is_named(files: TarStore, remote: Any, tmp_path: Path) -> None:
     facts = put(remote, content=CONTENT[:-100])
     with pytest.raises(FormatError, match=rf"{facts.path} ends at byte {len(CONTENT) - 100}"):
         files.open(facts)
@@ -133,7 +131,7 @@ def test_remote_tar_that_ends_early_is_named(
 
 
 def test_missing_remote_tar_is_an_error_that_may_pass(
-    files: ShardFiles, remote: Any, tmp_path: Path
+    files: TarStore, remote: Any, tmp_path: Path
 ) -> None:
     facts = put(remote)
     facts.path.unlink()
@@ -143,21 +141,21 @@ def test_missing_remote_tar_is_an_error_that_may_pass(
     assert content_of(files.open(put(remote))) == CONTENT
 
 
-def test_tar_bigger_than_the_cache_names_the_setting(files: ShardFiles, remote: Any) -> None:
+def test_tar_bigger_than_the_cache_names_the_setting(files: TarStore, remote: Any) -> None:
     facts = put(remote, nbytes=10**6)
     with pytest.raises(ConfigError, match=rf"{facts.path} has 0\.001 GB.*raise data\.cache_gb"):
         files.open(facts)
 
 
 def test_copy_waits_until_another_process_lets_go(
-    files: ShardFiles,
+    files: TarStore,
     remote: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(media_cache, "WAIT_FOR_ROOM_S", 0.05)
-    other = ShardFiles(str(tmp_path / "cache"), files.cache_bytes, threading.Event())
+    other = TarStore(str(tmp_path / "cache"), files.cache_bytes, threading.Event())
     held = [other.open(put(remote, number)) for number in range(3)]
     timer = threading.Timer(0.3, held.clear)
     timer.start()
@@ -167,7 +165,7 @@ def test_copy_waits_until_another_process_lets_go(
 
 
 def test_copy_that_never_finds_room_says_what_to_do(
-    files: ShardFiles, remote: Any, monkeypatch: pytest.MonkeyPatch
+    files: TarStore, remote: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(media_cache, "WAIT_FOR_ROOM_S", 0.05)
     monkeypatch.setattr(shard_files, "WAIT_FOR_ROOM_S", 0.2)
@@ -178,7 +176,7 @@ def test_copy_that_never_finds_room_says_what_to_do(
 
 
 def test_closing_ends_a_download_that_leaves_nothing(
-    files: ShardFiles, remote: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: TarStore, remote: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shard_files, "REQUEST_BYTES", 1000)
     read = shard_files.read_range

@@ -19,6 +19,7 @@ class Workers:
     """
 
     def __init__(self, num_threads: int, name: str) -> None:
+        self._is_closed, self._closing = False, threading.Lock()
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=name, daemon=True) for _ in range(num_threads)
@@ -27,16 +28,23 @@ class Workers:
             thread.start()
 
     def put(self, call: Callable[[], None]) -> None:
-        """Have a call made, which raises nothing."""
-        self._calls.put(call)
+        """Have a call made, which raises nothing; once this is closed, by the caller itself."""
+        with self._closing:
+            if not self._is_closed:
+                self._calls.put(call)
+                return
+        call()
 
     def close(self) -> None:
         """End the threads, behind the calls that were given before."""
-        for _ in self._threads:
-            self._calls.put(None)
+        with self._closing:
+            self._is_closed = True
+            for _ in self._threads:
+                self._calls.put(None)
         give_up = time.monotonic() + END_S
         for thread in self._threads:
-            thread.join(max(0.0, give_up - time.monotonic()))
+            if thread is not threading.current_thread():  # the garbage collector runs in any
+                thread.join(max(0.0, give_up - time.monotonic()))
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
-from collections import deque
+from collections import OrderedDict
 
 import numpy as np
 import torch
+
+MOST_FREE = 8  # times the largest block: of shapes that no batch has had for long, memory is freed
 
 
 class BatchMemory:
@@ -19,7 +22,10 @@ class BatchMemory:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._free: dict[int, deque[np.ndarray]] = {}
+        # By size, that of the newest use last; within a size the newest block last.
+        self._free: OrderedDict[int, list[np.ndarray]] = OrderedDict()
+        self._free_values = self._largest = 0
+        self._lock = threading.RLock()  # the garbage collector may give back in the middle of take
 
     def take(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Return an uninitialised CPU tensor; threads may call this at the same time."""
@@ -29,16 +35,37 @@ class BatchMemory:
             with torch.cuda.device(self._device):
                 return torch.empty(shape, dtype=torch.float16, pin_memory=True)
         num_values = math.prod(shape)
-        size = _size_class(num_values)
-        free = self._free.setdefault(size, deque())
-        try:
-            block = free.pop()  # the newest, which may be in the CPU's cache still
-        except IndexError:
-            block = np.empty(size, dtype=np.float16)
+        block = self._used_again(_size_class(num_values))
         # All tensors over the block hold this array, so it dies with the last of them.
         lent = block[:num_values]
-        weakref.finalize(lent, free.append, block)
+        weakref.finalize(lent, self._give_back, block)
         return torch.from_numpy(lent).view(shape)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that no tensor refers to."""
+        return 2 * self._free_values
+
+    def _used_again(self, size: int) -> np.ndarray:
+        with self._lock:
+            self._largest = max(self._largest, size)
+            if blocks := self._free.get(size):
+                self._free_values -= size
+                return blocks.pop()  # the newest, which may be in the CPU's cache still
+        return np.empty(size, dtype=np.float16)
+
+    def _give_back(self, block: np.ndarray) -> None:
+        with self._lock:
+            self._free.setdefault(block.size, []).append(block)
+            self._free.move_to_end(block.size)
+            self._free_values += block.size
+            while self._free_values > MOST_FREE * self._largest:
+                size, blocks = next(iter(self._free.items()))
+                if not blocks:
+                    del self._free[size]
+                    continue
+                blocks.pop(0)
+                self._free_values -= size
 
 
 def _size_class(num_values: int) -> int:

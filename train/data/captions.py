@@ -13,7 +13,7 @@ from pipeline.records import repair
 from train.data.part import CaptionRecord, Part
 from train.data.payload import as_array, check_crc
 from train.data.retry import Patience
-from train.data.shard_files import ShardFiles
+from train.data.shard_files import TarStore
 from train.data.tar_bytes import PatientTar, RemoteTar, TarFacts
 
 OPEN_TARS = 64  # of one data set's text column
@@ -76,20 +76,23 @@ class Captions:
         part: the data set.
         number: of it, in ``cache``.
         cache: what keeps captions in memory.
-        files: opens tars.
+        tars: opens tars.
         patience: how long to try again.
     """
 
     def __init__(
-        self, part: Part, number: int, cache: CaptionCache, files: ShardFiles, patience: Patience
+        self,
+        part: Part,
+        number: int,
+        cache: CaptionCache,
+        tars: TarStore,
+        patience: Patience,
     ) -> None:
         self._part, self._number, self._cache = part, number, cache
-        self._files, self._patience = files, patience
+        self._tars, self._patience = tars, patience
         self._column = part.opened["text"]
-        self._open = files.open if is_local(self._column.path) else RemoteTar
-        self._tar = lru_cache(OPEN_TARS)(
-            partial(PatientTar, open_tar=self._open, patience=patience)
-        )
+        open_tar = tars.open if is_local(self._column.path) else RemoteTar
+        self._tar = lru_cache(OPEN_TARS)(partial(PatientTar, open_tar=open_tar, patience=patience))
         self._copies: WeakValueDictionary[TarFacts, PatientTar] = WeakValueDictionary()
 
     def read(self, row: int) -> np.ndarray:
@@ -140,7 +143,7 @@ class Captions:
         """Return a tar that was copied; captions are read from it for as long as it is held."""
         tar = self._copies.get(facts)
         if tar is None:
-            tar = PatientTar(facts, self._files.open, self._patience)
+            tar = PatientTar(facts, self._tars.open, self._patience)
             tar.open()
             self._copies[facts] = tar
         return tar

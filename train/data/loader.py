@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,14 @@ import torch
 from pipeline.files import is_local
 from train.data.background import Workers
 from train.data.captions import MOST_COPIES, OPEN_TARS, CaptionCache, Captions
-from train.data.loader_checks import check_cursor, check_layout
+from train.data.loader_checks import check_counts, check_layout
 from train.data.lookahead import Lookahead, shards_ahead
 from train.data.micro_batch import Draft, Drafting
-from train.data.open_shard import OpenShard, ShardOpener
 from train.data.progress import position, warn_of_few_clips
+from train.data.ready_shard import ReadyShard, ShardPreparer
 from train.data.retry import LoaderClosed, Patience
 from train.data.row_reader import RowReader
-from train.data.shard_files import ShardFiles, allow_open_files
+from train.data.shard_files import TarStore, allow_open_files
 from train.data.stream import Cursor, GlobalBatch, Stream
 from train.data.view import View
 from train.errors import ResumeError
@@ -94,29 +95,31 @@ class LatentLoader:
         self._num_ahead = shards_ahead(view, global_batch)
         num_open = sum(min(self._num_ahead, len(part.counts)) for part in view.parts)
         is_remote = not all(is_local(part.root) for part in view.parts)
-        # Video and audio of each; of a remote one captions, and what holds each copy.
         self._num_fetches = FETCHES if is_remote else 1
-        files_per_shard = 2 * (2 + MOST_COPIES) if is_remote else 2
-        allow_open_files(files_per_shard * num_open + OPEN_TARS * len(view.parts))
+        # Video and audio of each; of a remote one captions, and what holds each copy.
+        num_files = num_open * (2 * (2 + MOST_COPIES) if is_remote else 2)
+        if len(view.buckets) > 1:  # and of shards behind, the rows of this rank
+            num_files += 2 * (config.prefetch_steps + 1) * (global_batch // num_ranks)
+        allow_open_files(num_files + OPEN_TARS * len(view.parts))
         self._process = os.getpid()
         self._closing = threading.Event()
         patience = Patience(config.retry_s, self._closing)
         cache_bytes = int(min(config.cache_gb * 1e9, 2**62))
-        self._files = ShardFiles(config.cache_dir, cache_bytes, self._closing)
+        self._tars = TarStore(config.cache_dir, cache_bytes, self._closing)
         cache = CaptionCache(config.text_cache_mb << 20)
         self._captions = [
-            Captions(part, number, cache, self._files, patience)
+            Captions(part, number, cache, self._tars, patience)
             for number, part in enumerate(view.parts)
         ]
-        self._opener = ShardOpener(view, self._files, self._captions, patience, self._num_ahead)
+        self._preparer = ShardPreparer(view, self._tars, self._captions, patience, self._num_ahead)
         self._reader = RowReader(view, seed, self._captions)
         self._drafting = Drafting(view, seed, torch.device(device))
         self._workers = Workers(config.read_threads, "loader")
-        self._closers: list[Workers | Lookahead[OpenShard]] = [self._workers]
+        self._closers: list[Workers | Lookahead[ReadyShard]] = [self._workers]
         self._pending: deque[Draft] = deque()
         self._cursor = self._stream.start()  # behind the last step that was yielded whole
         self._num_yielded = 0  # micro-batches of the step since
-        self._shards: Lookahead[OpenShard] | None = None
+        self._shards: Lookahead[ReadyShard] | None = None
         self._failure: Exception | None = None
         # Of a loader that nobody closes, too: threads must not outlive the interpreter.
         self._end = weakref.finalize(self, end, self._closing, self._closers)
@@ -132,7 +135,10 @@ class LatentLoader:
     def close(self) -> None:
         """End the threads and close the tars; those that wait for a file are left alone."""
         self._end()
-        self._pending.clear()
+        # Others may wait for what no thread reads any more.
+        pending, self._pending = self._pending, deque()
+        for draft in pending:
+            draft.give_up(LoaderClosed("the loader was closed"))
         for captions in self._captions:
             captions.close()
 
@@ -150,8 +156,9 @@ class LatentLoader:
                 many payloads are damaged. Again at every call.
             ConfigError: remote shards don't fit into the cache.
         """
-        self._wait(1)
-        draft = self._pending.popleft()
+        pending = self._wait(1, None)
+        assert pending is not None
+        draft = pending.popleft()
         self._num_yielded += 1
         if self._num_yielded == self._accumulation:
             self._num_yielded, self._cursor = 0, draft.batch.cursor
@@ -160,12 +167,18 @@ class LatentLoader:
         self._read_ahead(is_needed=False)
         return self._drafting.finish(draft)
 
-    def wait_step(self) -> None:
+    def wait_step(self, timeout_s: float | None = None) -> bool:
         """Wait until all that this rank still has to get of the step is read.
 
         ``next`` doesn't wait then. Raises as ``next``.
+
+        Args:
+            timeout_s: seconds to wait; None: as long as it takes.
+
+        Returns:
+            Whether it is read.
         """
-        self._wait(self._accumulation - self._num_yielded)
+        return self._wait(self._accumulation - self._num_yielded, timeout_s) is not None
 
     @property
     def steps_per_epoch(self) -> tuple[int, ...]:
@@ -180,7 +193,7 @@ class LatentLoader:
     @property
     def num_fetched_bytes(self) -> int:
         """Bytes of remote shards that this process has copied."""
-        return self._files.num_fetched_bytes
+        return self._tars.num_fetched_bytes
 
     # -- state
 
@@ -210,7 +223,7 @@ class LatentLoader:
                     f"{expected!r}; restore the setting, or start in another run_dir"
                 )
         cursor = Cursor.from_json(state.get("cursor"))
-        check_cursor(cursor, state.get("samples_consumed"), state.get("global_batch"))
+        check_counts(cursor, state.get("samples_consumed"), state.get("global_batch"))
         self._stream.batches(cursor)  # refuses one of other data
         self._forget()
         self._cursor = cursor
@@ -236,34 +249,43 @@ class LatentLoader:
 
     # -- reading ahead
 
-    def _wait(self, num_drafts: int) -> None:
-        """Wait until the next micro-batches are read."""
-        if self._closing.is_set():
-            raise LoaderClosed("the loader was closed")
+    def _wait(self, num_drafts: int, timeout_s: float | None) -> deque[Draft] | None:
+        """Wait until the next micro-batches are read; return all on their way, None if too late."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 f"this LatentLoader was made in process {self._process} and its threads are there, "
                 f"not in {os.getpid()}, which was forked from it; {NO_WORKERS}"
             )
-        self._read_ahead(is_needed=True)
-        for draft in itertools.islice(self._pending, num_drafts):
-            draft.wait()
-        if len(self._pending) < num_drafts and self._failure is not None:
-            raise self._failure
+        pending, begin, is_read = self._pending, time.monotonic(), False
+        if not self._closing.is_set():
+            self._read_ahead(is_needed=True, timeout_s=timeout_s)
+            if len(pending) < num_drafts and self._failure is not None:
+                for draft in pending:
+                    draft.wait()
+                raise self._failure
+            is_read = len(pending) >= num_drafts
+            for draft in itertools.islice(pending, num_drafts):
+                left_s = timeout_s and max(0.0, begin + timeout_s - time.monotonic())
+                is_read = is_read and draft.wait(left_s)
+        if self._closing.is_set():
+            raise LoaderClosed("the loader was closed")
+        return pending if is_read else None
 
-    def _read_ahead(self, is_needed: bool) -> None:
+    def _read_ahead(self, is_needed: bool, timeout_s: float | None = None) -> None:
         """Have threads read until enough steps are on their way.
 
         Args:
             is_needed: wait for a first one; what is not needed yet must neither hold up a batch nor
                 claim more shards than may be ready at once.
+            timeout_s: seconds to wait for it.
         """
         if self._shards is None:
             self._shards = self._look_ahead()
         num_drafts = self._view.config.prefetch_steps * self._accumulation
         while len(self._pending) + self._accumulation <= num_drafts and self._failure is None:
             try:
-                batch = self._shards.next_batch(is_needed and not self._pending)
+                is_first = is_needed and not self._pending
+                batch = self._shards.next_batch(is_first, timeout_s)
             except Exception as error:  # of the stream; raised in its place, behind what is there
                 self._failure = error
                 return
@@ -271,22 +293,24 @@ class LatentLoader:
                 return
             self._submit(batch, self._shards)
 
-    def _look_ahead(self) -> Lookahead[OpenShard]:
+    def _look_ahead(self) -> Lookahead[ReadyShard]:
         rows_ahead = self._num_ahead * max(
             int(part.counts.sum(axis=1).max()) for part in self._view.parts
         )
         shards = Lookahead(
             self._stream,
             self._cursor,
-            self._opener.open,
+            self._preparer.prepare,
             num_ahead=self._num_ahead,
             rows_ahead=rows_ahead,
             num_threads=self._num_fetches,
         )
         self._closers.insert(0, shards)
+        if self._closing.is_set():  # by another thread, which may have missed it
+            shards.close()
         return shards
 
-    def _submit(self, batch: GlobalBatch, shards: Lookahead[OpenShard]) -> None:
+    def _submit(self, batch: GlobalBatch, shards: Lookahead[ReadyShard]) -> None:
         """Have threads read this rank's share of a global batch."""
         size = self._micro_batch
         num_rows = -(-size // self._view.config.read_threads)  # for each thread
@@ -308,7 +332,7 @@ class LatentLoader:
             self._shards = None
 
 
-def end(closing: threading.Event, closers: Sequence[Workers | Lookahead[OpenShard]]) -> None:
+def end(closing: threading.Event, closers: Sequence[Workers | Lookahead[ReadyShard]]) -> None:
     """End what is read, and the threads that read it."""
     closing.set()
     for closer in closers:

@@ -1,4 +1,4 @@
-"""What a loader is given, checked: ranks and batches, and where a saved state says it was."""
+"""What a loader is given, checked: ranks and batches, and the counts of a saved state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from train.data.stream import Cursor
 from train.errors import ResumeError
 
 MOST_SAMPLES = 2**24  # of a step; far from any use, and from filling the memory
-MOST_CURSOR = 2**62  # samples behind it still are int64
 
 
 def check_layout(global_batch: int, micro_batch: int | None, rank: int, num_ranks: int) -> int:
@@ -37,22 +36,16 @@ def check_layout(global_batch: int, micro_batch: int | None, rank: int, num_rank
     return size
 
 
-def check_cursor(cursor: Cursor, samples: Any, global_batch: Any) -> None:
-    """Check that a saved cursor can be one, and is that of the rest of the state.
+def check_counts(cursor: Cursor, samples: Any, global_batch: Any) -> None:
+    """Check what a saved state holds beside its cursor.
 
     Raises:
-        ResumeError: it is not.
+        ResumeError: it can't be, or isn't of the same state.
     """
-    epochs = max(place.epoch for place in cursor.places) if cursor.places else 0
     faults = {
         f"samples_consumed is {samples!r}, but the cursor is at {cursor.samples}": (
             type(samples) is not int or samples != cursor.samples
         ),
-        f"cursor.samples is {cursor.samples}, more than can be": cursor.samples >= MOST_CURSOR,
-        f"cursor.steps is {cursor.steps} for {cursor.samples} samples": (
-            cursor.steps > cursor.samples or bool(cursor.steps) != bool(cursor.samples)
-        ),
-        f"an epoch of cursor.places is {epochs} after {cursor.steps} steps": epochs > cursor.steps,
         f"global_batch is {global_batch!r}, expected a whole number above 0": (
             type(global_batch) is not int or global_batch < 1
         ),

@@ -6,16 +6,14 @@ knows exactly what comes: rows that rare shapes left over from windows before, t
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-
 from train.data.background import Workers
-from train.data.order import wraps
 from train.data.retry import LoaderClosed
 from train.data.stream import Cursor, GlobalBatch, Stream
 from train.data.view import View
@@ -24,10 +22,17 @@ Ready = TypeVar("Ready")
 
 
 class ShardPlace(NamedTuple):
-    """A shard of one of the data sets."""
+    """A shard of one of the data sets.
+
+    Attributes:
+        part: number of the data set.
+        shard: number of the shard.
+        is_behind: the window that it was in is past, and only rows of a rare shape were left over.
+    """
 
     part: int
     shard: int
+    is_behind: bool = False
 
 
 class _Entry(Generic[Ready]):
@@ -37,7 +42,8 @@ class _Entry(Generic[Ready]):
     back by then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: ShardPlace) -> None:
+        self.place = place
         self.needed_until = -1
         self.ready: Ready | None = None
         self.error: BaseException | None = None
@@ -73,16 +79,19 @@ class Lookahead(Generic[Ready]):
         self._is_full = False
         self._error: BaseException | None = None  # of the stream itself
         self._is_asked = self._is_closed = False
+        # By data set: its epoch, and of each shard the last clip of the epoch that needed it.
+        self._met: dict[int, tuple[int, dict[int, int]]] = {}
         self._changed = threading.Condition()
         self._workers = Workers(num_threads, "lookahead")
         self._walker = Workers(1, "stream")
         self._walker.put(partial(self._walk, start))
 
-    def next_batch(self, is_needed: bool) -> GlobalBatch | None:
+    def next_batch(self, is_needed: bool, timeout_s: float | None = None) -> GlobalBatch | None:
         """Return the next global batch; None where it isn't there yet.
 
         Args:
             is_needed: wait for it, and have its shards made ready however many others are.
+            timeout_s: seconds to wait; None: as long as it takes.
 
         Raises:
             Exception: what the stream raised, at every call.
@@ -92,7 +101,9 @@ class Lookahead(Generic[Ready]):
             if not self._batches and is_needed:
                 self._is_asked = True
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._batches or self._error or self._is_closed)
+                self._changed.wait_for(
+                    lambda: self._batches or self._error or self._is_closed, timeout_s
+                )
                 self._is_asked = False
             if self._is_closed:
                 raise LoaderClosed("the loader was closed")
@@ -147,14 +158,14 @@ class Lookahead(Generic[Ready]):
                     if entry.is_awaited:
                         raise entry.error
                     entry.is_awaited, entry.error = True, None
-                    self._start(ShardPlace(part, shard), entry)
+                    self._start(entry)
                 self._changed.wait()
         raise LoaderClosed("the loader was closed")
 
     def _walk(self, start: Cursor) -> None:
         try:
             for batch in self._stream.batches(start):
-                places = [(batch.part, shard) for shard in self._stream.shards_of(batch)]
+                places = self._places_of(batch)
                 with self._changed:
                     for place in places:
                         self._ask(place, batch.first_sample)
@@ -170,25 +181,48 @@ class Lookahead(Generic[Ready]):
                 self._error = error
                 self._changed.notify_all()
 
-    def _ask(self, place: tuple[int, int], sample: int) -> None:
+    def _places_of(self, batch: GlobalBatch) -> list[ShardPlace]:
+        """Return the shards of a batch; those not needed for two windows of clips are behind."""
+        part, now = batch.part, batch.cursor.places[batch.part]
+        if self._met.get(part, (-1,))[0] != now.epoch:
+            self._met[part] = (now.epoch, {})
+        clip, met, places = sum(now.consumed), self._met[part][1], []
+        for shard in self._stream.shards_of(batch):
+            entry = self._entries.get((part, shard))
+            is_open = entry is not None and not entry.place.is_behind
+            is_behind = not is_open and clip - met.get(shard, clip) > self._rows_ahead
+            places.append(ShardPlace(part, shard, is_behind))
+            met[shard] = clip
+        return places
+
+    def _ask(self, place: ShardPlace, sample: int) -> None:
         """Note that a batch needs a shard, once there is room for it."""
-        if (entry := self._entries.get(place)) is None:
-            self._changed.wait_for(lambda: self._has_room(place[0]))
-            entry = self._entries[place] = _Entry()
-            self._start(ShardPlace(*place), entry)
+        name = (place.part, place.shard)
+        entry = self._entries.get(name)
+        # Of a shard of which few rows were left over, a new epoch needs all.
+        if entry is None or (entry.place.is_behind and not place.is_behind):
+            if not place.is_behind:
+                self._changed.wait_for(lambda: self._has_room(place.part))
+            entry = self._entries[name] = _Entry(place)
+            self._start(entry)
         entry.needed_until = sample
 
-    def _start(self, place: ShardPlace, entry: _Entry[Ready]) -> None:
-        self._workers.put(partial(self._make_ready, place, entry))
+    def _start(self, entry: _Entry[Ready]) -> None:
+        self._workers.put(partial(self._make_ready, entry))
 
     def _has_room(self, part: int) -> bool:
         if self._is_closed or (self._is_asked and not self._batches):
             return True
-        return sum(other == part for other, _ in self._entries) < self._num_ahead
+        taken = sum(
+            entry.place.part == part and not entry.place.is_behind
+            for entry in self._entries.values()
+        )
+        return taken < self._num_ahead
 
-    def _make_ready(self, place: ShardPlace, entry: _Entry[Ready]) -> None:
-        if self._is_closed or self._entries.get(place) is not entry:  # let go meanwhile
-            return
+    def _make_ready(self, entry: _Entry[Ready]) -> None:
+        place = entry.place
+        if self._is_closed or self._entries.get((place.part, place.shard)) is not entry:
+            return  # let go meanwhile
         try:
             entry.ready = self._prepare(place)
         except BaseException as error:  # raised again where the shard is asked for
@@ -200,15 +234,11 @@ class Lookahead(Generic[Ready]):
 def shards_ahead(view: View, global_batch: int) -> int:
     """Return how many shards of a data set are to be ready at once.
 
-    The window that is read and the next; where the clips of a shape are few, a batch of them may
-    come from more shards than a window has.
+    The window that is read and the next; a global batch larger than a window needs several. Shards
+    of which rows of rare shapes are left over come on top.
     """
-    window, tail = view.config.window_shards, view.config.tail
-    most = 2 * window
+    window, most = view.config.window_shards, 2
     for part in view.parts:
-        num_rows = part.counts.sum(axis=0, dtype=np.int64)
-        repeats = wraps(num_rows, global_batch, tail)
-        for rows in num_rows[num_rows >= (1 if repeats else global_batch)].tolist():
-            spread = -(-global_batch * len(part.counts) // rows)  # if they lie evenly
-            most = max(most, min(spread, rows, global_batch, len(part.counts)) + window)
-    return most
+        rows_per_window = window * part.num_clips / len(part.counts)
+        most = max(most, math.ceil(global_batch / rows_per_window) + 1)
+    return window * most

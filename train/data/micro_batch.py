@@ -103,15 +103,23 @@ class Draft:
         if is_read:
             self._is_read.set()
 
-    def wait(self) -> None:
-        """Wait until all samples are filled.
+    def give_up(self, error: BaseException) -> None:
+        """Have whoever waits get an error, unless all is read."""
+        with self._lock:
+            if self._num_unread:
+                self._error = self._error or error
+        self._is_read.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until all samples are filled; return whether they are.
 
         Raises:
             Exception: what reading raised, at every call.
         """
-        self._is_read.wait()
-        if self._error is not None:
+        is_read = self._is_read.wait(timeout_s)
+        if is_read and self._error is not None:
             raise self._error
+        return is_read
 
 
 class Drafting:

@@ -17,8 +17,8 @@ from train.data.captions import Captions
 from train.data.crops import audio_start
 from train.data.lookahead import Lookahead
 from train.data.micro_batch import Draft
-from train.data.open_shard import OpenShard
 from train.data.payload import DamagedPayload
+from train.data.ready_shard import ReadyShard
 from train.data.tar_bytes import PatientTar
 from train.data.view import View
 from train.rng import uniform
@@ -43,11 +43,12 @@ class RowReader:
     def __init__(self, view: View, seed: int, captions: Sequence[Captions]) -> None:
         self._view, self._seed, self._captions = view, seed, captions
         self._video, self._audio = view.video, view.audio
-        self._damages: set[str] = set()
+        self._damaged: set[tuple[int, int]] = set()  # by data set and row
+        self._told: set[str] = set()
         self._noting = threading.Lock()
         self.num_substituted = 0
 
-    def fill(self, draft: Draft, begin: int, end: int, shards: Lookahead[OpenShard]) -> None:
+    def fill(self, draft: Draft, begin: int, end: int, shards: Lookahead[ReadyShard]) -> None:
         """Fill the samples [begin, end) of a draft; its ``wait`` raises what is raised here."""
         error = None
         try:
@@ -63,7 +64,7 @@ class RowReader:
                     self._read(draft, place, row, shards.get(part, shard), reads)
                 except DamagedPayload as damage:
                     del reads[num_before:]
-                    self._substitute(draft, place, shards, damage)
+                    self._substitute(draft, place, row, shards, damage)
             draft.note_known(end - begin)
             # Reads come last and together: each pushes the program out of the CPU's cache, so that
             # in between them all the rest takes several times as long.
@@ -78,15 +79,20 @@ class RowReader:
         return (first_rows.searchsorted(rows, side="right") - 1).tolist()
 
     def _substitute(
-        self, draft: Draft, place: int, shards: Lookahead[OpenShard], damage: DamagedPayload
+        self,
+        draft: Draft,
+        place: int,
+        damaged: int,
+        shards: Lookahead[ReadyShard],
+        damage: DamagedPayload,
     ) -> None:
         """Fill a sample with the next sound row of the global batch, from its start after its end.
 
         Raises:
             FormatError: there is none, or there is too much damage.
         """
-        self._note(damage)
         part = draft.batch.part
+        self._note((part, damaged), damage)
         others = np.roll(draft.batch.rows, -draft.first - place)[1:]
         for row, shard in zip(others.tolist(), self._shards_of(part, others), strict=True):
             reads: list[Read] = []
@@ -95,7 +101,7 @@ class RowReader:
                 self._read(draft, place, row, shards.get(part, shard), reads)
             except DamagedPayload as another:
                 damage = another
-                self._note(damage)
+                self._note((part, row), damage)
                 continue
             for tar, out, offset in reads:
                 tar.read_into(out, offset)
@@ -108,7 +114,7 @@ class RowReader:
         )
 
     def _read(
-        self, draft: Draft, place: int, row: int, shard: OpenShard, reads: list[Read]
+        self, draft: Draft, place: int, row: int, shard: ReadyShard, reads: list[Read]
     ) -> None:
         """Fill one sample with a row; what is known to be sound is only noted in ``reads``."""
         row -= shard.first_row
@@ -137,23 +143,23 @@ class RowReader:
                 reads.append((payloads.tar, out, offset + start))
         draft.keys[place], draft.captions[place] = shard.keys[row], caption
 
-    def _note(self, damage: DamagedPayload) -> None:
-        """Log a damaged payload once.
+    def _note(self, clip: tuple[int, int], damage: DamagedPayload) -> None:
+        """Count a damaged clip, and log what is damaged of it, once each.
 
         Raises:
             FormatError: there are too many.
         """
         with self._noting:
-            if str(damage) in self._damages:
-                return
-            self._damages.add(str(damage))
-            count = len(self._damages)
+            self._damaged.add(clip)
+            count, is_new = len(self._damaged), str(damage) not in self._told
+            self._told.add(str(damage))
         if count > self._view.config.max_damaged:
             raise FormatError(
-                f"{count} payloads are damaged, more than data.max_damaged="
+                f"{count} clips are damaged, more than data.max_damaged="
                 f"{self._view.config.max_damaged}; the last: {damage}. {self._mending()}"
             )
-        log.warning("%s. Another clip stands in for it", damage)
+        if is_new:
+            log.warning("%s. Another clip stands in for it", damage)
 
     def _mending(self) -> str:
         roots = {str(part.root) for part in self._view.parts}

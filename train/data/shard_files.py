@@ -6,6 +6,7 @@ while its bytes come; a copy stays for as long as it is open. A killed download 
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -33,7 +34,7 @@ WAIT_FOR_ROOM_S = 900.0
 SPARE_FILES = 256  # descriptors left to the rest of the process
 
 
-class ShardFiles:
+class TarStore:
     """Opens tars; safe in threads.
 
     Args:
@@ -72,6 +73,13 @@ class ShardFiles:
             copy = self._cache.held(copy_name(tar), tar.nbytes, lambda file: self._fetch(tar, file))
             try:
                 return LocalTar(tar, copy.__enter__(), hold=copy)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                raise ConfigError(
+                    f"copy of {tar.path}: the disk of {self._cache.folder} is full; lower "
+                    f"data.cache_gb={self.cache_bytes / 1e9:g}, or set data.cache_dir"
+                ) from None
             except CacheError as error:  # other processes hold copies that this one is past
                 if self._closing.is_set():
                     raise LoaderClosed from None

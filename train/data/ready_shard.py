@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +18,13 @@ from train.data.lookahead import ShardPlace
 from train.data.part import Part, ShardRows
 from train.data.payload import DamagedPayload, Seen, ShardPayloads
 from train.data.retry import Patience
-from train.data.shard_files import ShardFiles
-from train.data.tar_bytes import PatientTar, TarFacts
+from train.data.shard_files import TarStore
+from train.data.tar_bytes import PatientTar, RemoteTar, Tar, TarFacts
 from train.data.view import View
 
 
 @dataclass(frozen=True, eq=False)
-class OpenShard:
+class ReadyShard:
     """A shard ready to be read from. R planned clips.
 
     Attributes:
@@ -48,12 +48,12 @@ class OpenShard:
     texts: list[PatientTar]
 
 
-class ShardOpener:
-    """Opens the shards of a view; safe in threads.
+class ShardPreparer:
+    """Gets the shards of a view ready; safe in threads.
 
     Args:
         view: the view.
-        files: opens tars.
+        tars: opens tars.
         captions: of each data set.
         patience: how long to try again.
         num_ahead: shards of one data set that are open at once.
@@ -62,20 +62,20 @@ class ShardOpener:
     def __init__(
         self,
         view: View,
-        files: ShardFiles,
+        tars: TarStore,
         captions: Sequence[Captions],
         patience: Patience,
         num_ahead: int,
     ) -> None:
-        self._view, self._files, self._patience = view, files, patience
+        self._view, self._tars, self._patience = view, tars, patience
         self._captions = captions
-        self._room = CacheRoom(view, files.cache_bytes, num_ahead)
+        self._room = CacheRoom(view, tars.cache_bytes, num_ahead)
         columns = [part.opened[name] for part in view.parts for name in CLIP_MODALITIES]
         self._is_croppable = all(column.spec.croppable for column in columns)
         self._seen: list[dict[str, Seen | None]] = [self._new_seen(part) for part in view.parts]
 
-    def open(self, place: ShardPlace) -> OpenShard:
-        """Open a shard; of a remote data set, its tars are copied.
+    def prepare(self, place: ShardPlace) -> ReadyShard:
+        """Get a shard ready: of a remote data set, tars are copied unless few rows are read.
 
         Raises:
             FormatError: the shard is damaged, or can't be read for long.
@@ -84,17 +84,19 @@ class ShardOpener:
         """
         part, shard = self._view.parts[place.part], place.shard
         rows = self._patience.call(f"{part.root} shard {shard}", lambda: part.shard_rows(shard))
-        payloads = {name: self._payloads(place.part, rows, name) for name in CLIP_MODALITIES}
-        texts = []
-        if not is_local(part.root):
-            texts = self._fetch(place.part, rows, payloads)
+        is_copied = not (is_local(part.root) or place.is_behind)
+        open_tar = self._tars.open if is_copied or is_local(part.root) else RemoteTar
+        payloads = {
+            name: self._payloads(place.part, rows, name, open_tar) for name in CLIP_MODALITIES
+        }
+        texts = self._fetch(place.part, rows, payloads) if is_copied else []
         num_latents = {
             name: rows.index[name]["shape"][:, 0].astype(np.int64) for name in CLIP_MODALITIES
         }
         starts = np.ones(len(rows.keys), np.int64)
         if self._is_croppable:
             starts = num_starts(self._view.video, self._view.audio, num_latents, rows.has)
-        return OpenShard(
+        return ReadyShard(
             first_row=int(part.first_rows[shard]),
             keys=rows.keys,
             text_rows=rows.text_rows,
@@ -126,7 +128,9 @@ class ShardOpener:
             return dict.fromkeys(CLIP_MODALITIES)
         return {name: Seen(int(part.first_rows[-1])) for name in CLIP_MODALITIES}
 
-    def _payloads(self, number: int, rows: ShardRows, name: str) -> ShardPayloads:
+    def _payloads(
+        self, number: int, rows: ShardRows, name: str, open_tar: Callable[[TarFacts], Tar]
+    ) -> ShardPayloads:
         part = self._view.parts[number]
         column = part.opened[name]
         facts = TarFacts(
@@ -135,7 +139,7 @@ class ShardOpener:
             crc32c=rows.tar_crc32c[name],
             repair=repair(column, rows.shard),
         )
-        tar = PatientTar(facts, self._files.open, self._patience)
+        tar = PatientTar(facts, open_tar, self._patience)
         return ShardPayloads(
             tar,
             index=rows.index[name],
