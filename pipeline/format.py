@@ -46,10 +46,15 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 # One record per row. `offset` and `nbytes` delimit the array's own bytes inside the tar (behind
 # the tar header and the .npy header), so that one preadv fills a tensor. `shape` is padded with
 # zeros on the right; `crc32c` covers those bytes; a tombstone has nbytes 0 and its status.
-INDEX_DTYPE = np.dtype([
-    ("offset", "<u8"), ("nbytes", "<u8"), ("shape", "<u4", (4,)), ("crc32c", "<u4"),
-    ("status", "<u4"),
-])  # fmt: skip
+INDEX_DTYPE = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("nbytes", "<u8"),
+        ("shape", "<u4", (4,)),
+        ("crc32c", "<u4"),
+        ("status", "<u4"),
+    ]
+)
 
 
 class FormatError(Exception):
@@ -305,26 +310,6 @@ class Column:
     def tar_path(self, shard: int) -> Path:
         """Return the path of a committed shard's tar."""
         return self.path / self.committed(shard)["tar"]
-
-
-def statistics_of(sums: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the channel statistics of a column from its shards' "channels".
-
-    Returns:
-        ``count`` (values per channel), ``mean`` and ``std`` (lists, one value a channel); None
-        where the shards hold no payload.
-    """
-    count, total, squares = 0, np.zeros(1), np.zeros(1)
-    for shard in sums:
-        if shard["count"]:
-            count += shard["count"]
-            total = total + np.array(shard["sum"])
-            squares = squares + np.array(shard["sum_of_squares"])
-    if count == 0:
-        return None
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return {"count": count, "mean": mean.tolist(), "std": std.tolist()}
 
 
 def open_column(root: Path, directory: str, plan_id: str) -> Column:

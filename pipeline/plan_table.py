@@ -55,7 +55,9 @@ class PlanTable:
             )
         for key in keys:
             fmt.check_key(key)
-        if len(set(keys)) < num_rows or not all(0 <= r < self._num_captions for r in text_rows):
+        is_known = {type(row) for row in text_rows} == {int}  # 1.5 is no row
+        is_known &= all(0 <= row < self._num_captions for row in text_rows)
+        if len(set(keys)) < num_rows or not is_known:
             raise fmt.FormatError(
                 f"{self.path}: shard {shard} holds a key twice, or a text row outside the "
                 f"{self._num_captions} captions; restore it"

@@ -6,7 +6,7 @@ Imports neither torch nor Ray, so that a command starts at once.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,7 +87,7 @@ class Totals:
             self.channels.append(record.channels)
 
     def statistics(self) -> dict[str, Any] | None:
-        """Return what ``format.statistics_of`` does.
+        """Return what ``statistics_of`` does.
 
         Raises:
             FormatError: the shards have not the same number of channels.
@@ -98,7 +98,7 @@ class Totals:
                 f"commit records hold sums of {sorted(lengths)} channels, expected as many in all "
                 "shards; pipeline.verify --full names them"
             )
-        return fmt.statistics_of(vars(sums) for sums in self.channels)
+        return statistics_of(vars(sums) for sums in self.channels)
 
 
 def sum_records(column: fmt.Column) -> Totals:
@@ -240,3 +240,23 @@ def read_index(column: fmt.Column, shard: int, record: CommitRecord) -> np.ndarr
             f"{repair(column, shard)}"
         )
     return index
+
+
+def statistics_of(sums: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the channel statistics of a column from its shards' "channels".
+
+    Returns:
+        ``count`` (values per channel), ``mean`` and ``std`` (lists, one value a channel); None
+        where the shards hold no payload.
+    """
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for shard in sums:
+        if shard["count"]:
+            count += shard["count"]
+            total = total + np.array(shard["sum"])
+            squares = squares + np.array(shard["sum_of_squares"])
+    if count == 0:
+        return None
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return {"count": count, "mean": mean.tolist(), "std": std.tolist()}

@@ -1,6 +1,7 @@
 """What is shown of a data set before training on it."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -43,6 +44,7 @@ def test_everything_that_training_would_see_is_there(call, dataset):
     assert part["columns"] == {m: dataset.spec(m).directory for m in ("video", "audio", "text")}
     assert part["clips"] == {
         "planned": 40,
+        "heldout": 0,
         "outside": 10,
         "filtered": 0,
         "wanted": 30,
@@ -125,6 +127,24 @@ def test_a_model_that_does_not_fit_hides_no_data(call):
     found = json.loads(call("--json", "data.missing=drop", "model.video_patch=[2, 2, 2]"))
     assert "does not fit" in found["misfit"] and found["buckets"][0]["tokens"] is None
     assert json.loads(call("--json", "data.missing=drop"))["misfit"] is None
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(call, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        call()
+
+
+def test_held_out_clips_are_counted_whatever_the_subset(call):
+    for subset in ("train", "heldout"):
+        found = json.loads(call("--json", "--subset", subset, "data.heldout_share=0.5"))
+        (part,) = found["parts"]
+        assert 5 <= part["clips"]["heldout"] <= 25
+        assert part["clips"]["outside"] == (
+            part["clips"]["heldout"] + 10 if subset == "train" else 30 - part["clips"]["heldout"]
+        )
 
 
 def test_errors_are_one_line_and_exit_status_1(call, tmp_path):

@@ -240,7 +240,6 @@ def test_mixture_has_the_buckets_of_all_its_parts(tmp_path: Path) -> None:
     assert [part.counts.tolist() for part in view.parts] == [[[0, 8], [2, 0]], [[8, 0], [1, 0]]]
     assert keys_of(view, 1) == {one.key(clip) for clip in range(8)}
     assert view.plan_id == f"{one.plan.plan_id}+{two.plan.plan_id}"
-    assert view.columns == {m: one.spec(m).directory for m in ("video", "audio", "text")}
     np.testing.assert_array_equal(view.null_text.numpy(), one.text(0))
 
 
@@ -363,6 +362,16 @@ def test_plan_rows_of_another_plan_are_refused(dataset: Dataset) -> None:
 def test_missing_plan_rows_are_named(dataset: Dataset) -> None:
     (dataset.root / "plan.parquet").unlink()
     with pytest.raises(FormatError, match=r"plan.parquet is missing; restore it"):
+        view_of(dataset)
+
+
+def test_plan_rows_that_count_captions_in_fractions_are_refused(dataset: Dataset) -> None:
+    path = dataset.root / "plan.parquet"
+    table = pq.read_table(path)
+    text_rows = [row + 0.5 for row in table["text_row"].to_pylist()]
+    table = table.set_column(table.column_names.index("text_row"), "text_row", [text_rows])
+    pq.write_table(table, path, row_group_size=8)
+    with pytest.raises(FormatError, match="text row outside the 7 captions; restore it"):
         view_of(dataset)
 
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.format import FormatError, statistics_of
+from pipeline.format import FormatError
+from pipeline.records import statistics_of
 from train.data.census import NOT_USABLE, Census, ClipClass
 from train.data.part import Source
 from train.latents import LatentSpec

@@ -64,7 +64,7 @@ def open_census(
             write_census(writer, root, plan, opened, selection)
 
     def open_made() -> Census:
-        return Census(folder, plan.shard_rows(), plan.shard_rows(text=True))
+        return Census(folder, plan.shard_rows(), len(plan.shard_rows(text=True)))
 
     census = made_once(folder, build, open_made)
     with contextlib.suppress(OSError):  # a cache may be read-only, too

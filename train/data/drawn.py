@@ -12,6 +12,7 @@ import torch
 
 from pipeline.format import ColumnSpec
 from pipeline.plan_table import PlanTable
+from train.data.order import shards_of
 from train.data.part import Part
 from train.data.payload import read_row
 from train.data.view import View
@@ -58,7 +59,7 @@ def draw(view: View, num: int, seed: int) -> list[Drawn]:
 
 def read_clip(view: View, part: Part, plan: PlanTable, clip: int) -> Drawn:
     """Read the clip of a row of the plan."""
-    shard = int(np.searchsorted(part.first_rows, clip, side="right")) - 1
+    (shard,) = shards_of(part.first_rows, [clip]).tolist()
     row = clip - int(part.first_rows[shard])
     rows, bucket = part.shard_rows(shard), int(part.buckets_of(shard)[row])
     planned = plan.read(shard, ["uri", "start_s", "caption"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,8 +16,6 @@ from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from pipeline.format import FormatError
 from pipeline.settings import ConfigError
@@ -45,7 +44,10 @@ def main() -> None:
     except OSError as error:
         where = f" {error.filename}:" if error.filename else ""
         sys.exit(f"error:{where} {error.strerror or error}")
-    print(json.dumps(found, indent=2) if arguments.json else as_text(found))
+    try:
+        print(json.dumps(found, indent=2) if arguments.json else as_text(found), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, TrainConfig]:
@@ -147,6 +149,7 @@ def describe_part(part: Part) -> dict[str, Any]:
         "columns": {name: column.path.name for name, column in part.opened.items()},
         "clips": {
             "planned": tally.planned,
+            "heldout": tally.heldout,
             "outside": tally.outside,
             "filtered": tally.filtered,
             "wanted": tally.wanted,
@@ -175,10 +178,7 @@ def clips_by_task(view: View) -> dict[str, int]:
 
 def describe_batch(view: View, batch: GlobalBatch) -> dict[str, Any]:
     """Name the first clips of a global batch."""
-    part, keys = view.parts[batch.part], []
-    for clip in batch.rows[:KEYS_SHOWN].tolist():
-        shard = int(np.searchsorted(part.first_rows, clip, side="right")) - 1
-        keys.append(part.shard_rows(shard).keys[clip - int(part.first_rows[shard])])
+    keys = view.parts[batch.part].keys_of(batch.rows[:KEYS_SHOWN].tolist())
     return {"part": batch.part, "bucket": batch.bucket, "keys": keys}
 
 
@@ -237,6 +237,7 @@ def part_lines(part: dict[str, Any], found: dict[str, Any]) -> list[str]:
         f"  columns            {columns}",
         f"  plan               {counted(clips['planned'], 'clip')} in "
         f"{counted(part['shards'], 'shard')}, plan {part['plan_id']}",
+        f"  held out           {counted(clips['heldout'], 'clip')} of split train, by their keys",
         f"  subset {found['subset']:<12}{clips['wanted']:,}: without {clips['outside']:,} of other "
         f"subsets and {clips['filtered']:,} that data.filter leaves out",
         f"  whole              {clips['complete']:,} with {found['seconds']:g} s of both; video "

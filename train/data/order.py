@@ -146,6 +146,16 @@ class EpochOrder:
         return np.resize(np.concatenate(found)[:num_rows], num_rows)
 
 
+def shards_of(first_rows: np.ndarray, rows: np.ndarray | Sequence[int]) -> np.ndarray:
+    """Return the shard of each row, int64 [n].
+
+    Args:
+        first_rows: of the data set, see ``Layout``.
+        rows: n rows of it.
+    """
+    return np.searchsorted(first_rows, rows, side="right") - 1
+
+
 def wraps(totals: np.ndarray, global_batch: int, tail: Tail) -> bool:
     """Return whether an epoch of so many rows by bucket ends with batches that are filled up."""
     return tail == "wrap" or int(totals.max()) < global_batch

@@ -15,6 +15,7 @@ from train.data.census import NOT_USABLE, Census
 from train.data.classes import CLIP_MODALITIES
 from train.data.committed import CommittedShard, read_committed
 from train.data.config import PartConfig
+from train.data.order import shards_of
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,18 @@ class Part:
             first = int(self._ends[shard]) - len(usable)
             rows[place] = self.first_rows[shard] + usable[ordinal - first]
         return rows
+
+    def keys_of(self, rows: Sequence[int]) -> list[str]:
+        """Return the keys of rows, whose shards are read.
+
+        Raises:
+            FormatError, MissingFileError, OSError: as ``shard_rows``.
+        """
+        shards = shards_of(self.first_rows, rows).tolist()
+        return [
+            self.shard_rows(shard).keys[row - int(self.first_rows[shard])]
+            for row, shard in zip(rows, shards, strict=True)
+        ]
 
     def _read_shard_rows(self, shard: int) -> ShardRows:
         keys = self.census.keys(shard)

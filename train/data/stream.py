@@ -17,7 +17,7 @@ import numpy as np
 
 from pipeline.format import FormatError
 from pipeline.settings import ConfigError
-from train.data.order import EpochOrder, Layout, Tail, permutation, wraps
+from train.data.order import EpochOrder, Layout, Tail, permutation, shards_of, wraps
 from train.errors import ResumeError
 from train.rng import seed_of, uniform
 
@@ -179,8 +179,7 @@ class Stream:
 
     def shards_of(self, batch: GlobalBatch) -> list[int]:
         """Return the shards of its data set that a batch needs, in the order of first need."""
-        first_rows = self._parts[batch.part].first_rows
-        shards = np.searchsorted(first_rows, batch.rows, side="right") - 1
+        shards = shards_of(self._parts[batch.part].first_rows, batch.rows)
         return list(dict.fromkeys(shards.tolist()))
 
     def part_of(self, step: int) -> int:

@@ -78,14 +78,6 @@ class View:
         return self.buckets[0].audio
 
     @property
-    def columns(self) -> dict[str, str]:
-        """Directory names of the columns by modality; different ones of parts joined by "+"."""
-        return {
-            name: "+".join(dict.fromkeys(part.opened[name].path.name for part in self.parts))
-            for name in MODALITIES
-        }
-
-    @property
     def text_width(self) -> int:
         """Width D of a text token."""
         return self.null_text.shape[1]
