@@ -1,4 +1,4 @@
-"""Checkpoints: what makes one complete, which one continues a run, what may have changed.
+"""Checkpoints: what is written, what a run continues from, what sampling needs.
 
     run_dir/checkpoints/step_00000100/
         *.pt                         DeepSpeed's files (pickles: load only what you wrote)
@@ -7,14 +7,11 @@
         state.json                   what was trained, on what, how far
         COMPLETE                     names and sizes of all files, written last
 
-A folder without COMPLETE, or with a file missing or cut short, is never read.
+What COMPLETE does not vouch for is never read: see ``checkpoint_folders``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline import settings
-from pipeline.files import sync_folder, write_json
+from pipeline.files import write_json
 from pipeline.format import FormatError, read_json
+from train.checkpoint_folders import (
+    STATE_NAME,
+    find_damage,
+    mark_complete,
+    newest_checkpoint,
+    remove,
+    was_completed,
+)
 from train.errors import ResumeError
 from train.latents import LatentSpec
 from train.model import DiT, ModelConfig
@@ -38,40 +43,7 @@ if TYPE_CHECKING:  # sampling reads checkpoints where DeepSpeed isn't wanted
     from train.ema import Ema
     from train.engine import Engine
 
-STATE_VERSION = 2
-MARKER = "COMPLETE"
-
-
-# ---------------------------------------------------------------------------------------------
-# Which checkpoints there are
-
-
-def checkpoint_folder(run_dir: Path, step: int) -> Path:
-    """Return the folder of the checkpoint with ``step`` optimiser steps done."""
-    return run_dir / "checkpoints" / f"step_{step:08d}"
-
-
-def is_complete(folder: Path) -> bool:
-    """Return whether everything that COMPLETE lists is there in full."""
-    try:
-        files = json.loads((folder / MARKER).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
-
-
-def find_checkpoints(run_dir: Path) -> tuple[list[Path], list[Path]]:
-    """Return the complete and the incomplete checkpoints of a run, oldest first."""
-    found = (run_dir / "checkpoints").glob("step_*")
-    folders = sorted(path for path in found if path.name.removeprefix("step_").isdigit())
-    complete = [folder for folder in folders if is_complete(folder)]
-    return complete, [folder for folder in folders if folder not in complete]
-
-
-def latest_complete(run_dir: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None."""
-    complete, _ = find_checkpoints(run_dir)
-    return complete[-1] if complete else None
+STATE_VERSION = 3
 
 
 # ---------------------------------------------------------------------------------------------
@@ -84,7 +56,7 @@ def save_checkpoint(
     """Write a checkpoint; collective. It counts from the moment that COMPLETE is there.
 
     Args:
-        folder: an incomplete checkpoint in it is replaced.
+        folder: one that broke off in it is replaced.
         engine: weights and optimiser.
         ema: averaged weights.
         ranks: the ranks.
@@ -98,7 +70,7 @@ def save_checkpoint(
 
     def begin() -> None:
         if folder.exists():
-            shutil.rmtree(folder)
+            remove(folder)
         (folder / "ema").mkdir(parents=True)
 
     def save_shard() -> None:
@@ -108,7 +80,7 @@ def save_checkpoint(
     def finish() -> None:
         with writing(folder):
             save_file(weights, folder / "ema.safetensors")
-            write_json(folder / "state.json", {"version": STATE_VERSION, **state})
+            write_json(folder / STATE_NAME, {"version": STATE_VERSION, **state})
             mark_complete(folder, ranks.num_ranks, has_shards=engine.stage > 0)
 
     ranks.on_first(begin)
@@ -140,43 +112,6 @@ def ema_shard(folder: Path, rank: int) -> Path:
     return folder / "ema" / f"rank_{rank:05d}.safetensors"
 
 
-def mark_complete(folder: Path, num_ranks: int, has_shards: bool) -> None:
-    """Check that every rank's files are there and put them on the disk, then write COMPLETE.
-
-    Raises:
-        ResumeError: files of a rank are missing.
-    """
-    counts = {"ema/*.safetensors": num_ranks, "*model_states.pt": 1}
-    if has_shards:
-        counts["*optim_states.pt"] = num_ranks
-    for pattern, least in counts.items():
-        found = len(list(folder.glob(pattern)))
-        if found < least:
-            raise ResumeError(
-                f"{folder} holds {found} files {pattern}, expected {least}: not all ranks see "
-                "the same folder; put run_dir on a file system that all nodes share"
-            )
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    for place in (folder / "ema", folder, folder.parent):
-        sync_folder(place)
-    files = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    write_json(folder / MARKER, {"files": files})
-
-
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Remove all but the newest complete checkpoints, and what broke off before the newest."""
-    complete, incomplete = find_checkpoints(run_dir)
-    for folder in incomplete:
-        if complete and folder < complete[-1]:
-            shutil.rmtree(folder)
-    for folder in complete[:-keep_last]:
-        (folder / MARKER).unlink()  # first: a half-removed checkpoint must not look complete
-        shutil.rmtree(folder)
-
-
 # ---------------------------------------------------------------------------------------------
 # Continuing
 
@@ -188,7 +123,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         ResumeError: it is missing, damaged, or of another version of this program.
     """
     try:
-        state = read_json(folder / "state.json")
+        state = read_json(folder / STATE_NAME)
     except FormatError as error:
         raise ResumeError(str(error)) from None
     if state.get("version") != STATE_VERSION:
@@ -272,19 +207,21 @@ def load_model_for_sampling(path: Path) -> TrainedModel:
     """Read the averaged weights of a checkpoint, or of the newest one of a run.
 
     Raises:
-        ResumeError: ``path`` holds no complete checkpoint.
+        ResumeError: ``path`` holds no complete checkpoint, or a damaged one that is newer.
     """
-    folder = path if is_complete(path) else latest_complete(path)
+    folder = path if was_completed(path) else newest_checkpoint(path)
     if folder is None:
         raise ResumeError(
             f"{path} holds no complete checkpoint; name a run_dir or one of its checkpoints/step_*"
         )
+    if damage := find_damage(folder):
+        raise ResumeError(f"{damage}; the checkpoint is damaged: restore it, or name another")
     state = read_state(folder)
     data = state["data"]
     return TrainedModel(
         folder=folder,
         step=state["step"],
-        config=settings.build(ModelConfig, state["run"]["model"], str(folder / "state.json")),
+        config=settings.build(ModelConfig, state["run"]["model"], str(folder / STATE_NAME)),
         video=read_spec(data["video"]),
         audio=read_spec(data["audio"]),
         text_width=data["text_width"],
@@ -295,7 +232,7 @@ def load_model_for_sampling(path: Path) -> TrainedModel:
         seconds=data["seconds"],
         heldout_share=data["heldout_share"],
         flow=settings.build(
-            FlowConfig, state["run"]["objective"]["flow"], str(folder / "state.json")
+            FlowConfig, state["run"]["objective"]["flow"], str(folder / STATE_NAME)
         ),
         weights=load_file(folder / "ema.safetensors"),
     )

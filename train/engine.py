@@ -74,8 +74,12 @@ def join_ranks() -> Ranks:
 
 
 def leave_ranks() -> None:
-    """Leave the process group; the last thing a rank does."""
+    """Leave the process group, when all ranks have come so far; the last thing a rank does.
+
+    None leaves earlier: the launcher would end the others in the middle of what they have to say.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

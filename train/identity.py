@@ -33,18 +33,30 @@ def describe_run(config: TrainConfig, view: View) -> dict[str, Any]:
 
 
 def describe_view(view: View) -> dict[str, Any]:
-    """Return the name of a view, and what of it can be told to differ, as JSON values."""
-    config, parts = view.config, dict(enumerate(view.parts))
-    return {
-        "view_id": view.view_id,
-        "seconds": config.seconds,
-        "window_shards": config.window_shards,
-        "tail": config.tail,
-        "masks": config.missing == "mask",
-        "columns": {str(number): column_names(part) for number, part in parts.items()},
-        "clips": {str(number): part.num_clips for number, part in parts.items()},
-        "content": {str(number): part.census.head.content[:8] for number, part in parts.items()},
+    """Return the name of a stream of samples, and what went into it, for messages: JSON values.
+
+    Settings are named as the user does; data are told as they were found, by data set.
+    """
+    config = view.config
+    settings: dict[str, Any] = {
+        "data.seconds": config.seconds,
+        "data.heldout_share": config.heldout_share,
+        "data.window_shards": config.window_shards,
+        "data.tail": config.tail,
+        "data.missing=mask": config.missing == "mask",
     }
+    data = {}
+    for number, part in enumerate(view.parts):
+        prefix = f"data.mix.{number}" if config.mix else "data"
+        chosen = {"weight": part.weight, "filter": part.config.filter, **column_names(part)}
+        settings |= {f"{prefix}.{name}": value for name, value in chosen.items()}
+        data[prefix] = {
+            "root": str(part.root),
+            "plan": part.plan.plan_id,
+            "usable clips": part.num_clips,
+            "encoded shards": part.census.head.content[:8],
+        }
+    return {"view_id": view.view_id, "settings": settings, "data": data}
 
 
 def describe_data(config: TrainConfig, view: View) -> dict[str, Any]:
@@ -103,12 +115,21 @@ def check_continues(
     Raises:
         ResumeError: names every field that differs, with both values.
     """
-    changed = differences(state["run"], run)
+    saved, before, now = state["run"], state["run"]["view"], run["view"]
+    changed = differences({**saved, "view": None}, {**run, "view": None})
+    if before["view_id"] != now["view_id"]:
+        changed += differences(before["settings"], now["settings"])
     if changed:
         raise ResumeError(
             f"{folder} is of another run: {'; '.join(changed)}. "
-            "To continue it, restore the settings, and data sets whose clips or content differ "
-            "(they were encoded again, or further); or set another run_dir to start afresh"
+            "Restore the settings to continue it, or set another run_dir to start afresh"
+        )
+    if before["view_id"] != now["view_id"]:
+        changed = differences(before["data"], now["data"]) or differences(before, now)
+        raise ResumeError(
+            f"{folder} was trained on other data: {'; '.join(changed)}. The settings are the same, "
+            "but the data set was planned, encoded further or encoded again since. Restore it as "
+            "it was to continue the run, or set another run_dir to start afresh on it as it is"
         )
     changed = differences(state["layout"], layout)
     if changed:

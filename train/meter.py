@@ -23,8 +23,8 @@ LOSSES = ("video", "audio", "total")
 class Meter:
     """The window of steps since the last log line, over all ranks.
 
-    The clock starts with the meter: make it when the first batch is there, for until then the
-    loader fills its queue, which is start-up and not the time of a step.
+    The clock starts with the meter, or with ``restart``: when the first batch is there, for until
+    then the loader fills its queue, which is start-up and not the time of a step.
 
     Args:
         ranks: the ranks to sum over.
@@ -37,9 +37,10 @@ class Meter:
         self.num_skipped = 0  # since this process started, as the following two
         self._waited_s = torch.zeros(ranks.num_ranks, dtype=torch.float64)  # of each rank
         self._elapsed_s = 0.0
-        self._start_window()
+        self.restart()
 
-    def _start_window(self) -> None:
+    def restart(self) -> None:
+        """Start a window of steps; forget what the one before has not told yet."""
         # Losses, then the samples they were summed over, then the samples that were not served.
         self.sums = torch.zeros(
             (len(TASKS), 2 * len(LOSSES) + 1), dtype=torch.float64, device=self.ranks.device
@@ -100,7 +101,7 @@ class Meter:
         values["skipped_steps"] = self.num_skipped
         if totals[-1]:
             values["substituted"] = int(totals[-1])
-        self._start_window()
+        self.restart()
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
     @property

@@ -32,8 +32,9 @@ class Verdict(IntEnum):
     """What is to be done next. The ranks do the greatest of what each of them wants."""
 
     GO = 0
-    STOP = 1
-    NO_DATA = 2
+    WAIT = 1
+    STOP = 2
+    NO_DATA = 3
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,14 @@ class Ranks:
             AgreedError: with one message for all ranks.
         """
         self.together(action if self.rank == 0 else lambda: None)
+
+    def first(self, action: Callable[[], Result]) -> Result:
+        """Run an action on rank 0 alone, and return what it gives (small, picklable) on all.
+
+        Raises:
+            AgreedError: with one message for all ranks.
+        """
+        return self.gather(self.together(action if self.rank == 0 else lambda: None))[0]
 
     def check_agreement(self, plan: dict[str, Any]) -> None:
         """Check that all ranks are about to do the same.

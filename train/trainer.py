@@ -14,6 +14,12 @@ from pipeline.files import write_atomically
 from pipeline.format import fingerprint
 from pipeline.settings import ConfigError
 from train import checkpoint
+from train.checkpoint_folders import (
+    checkpoint_folder,
+    find_checkpoints,
+    newest_checkpoint,
+    prune,
+)
 from train.config import TrainConfig, as_dict
 from train.data.loader import LatentLoader
 from train.data.view import View, open_view
@@ -35,6 +41,9 @@ from train.preempt import StopRequest
 from train.ranks import USER_ERRORS, AgreedError, Ranks, Verdict, one_message
 from train.sinks import Sinks
 
+ASK_EVERY_S = 1.0  # while data is waited for: whether someone wants the run to stop
+FIRST_STEP_S = 10.0  # a first step is waited for this long, before a stop is heeded without it
+
 
 class Trainer:
     """One rank of a training run.
@@ -53,8 +62,7 @@ class Trainer:
         self.precision = choose_precision(config.precision, ranks.device)
         self.accumulation = ranks.together(lambda: config.accumulation(ranks.num_ranks))
         # Rank 0 chooses, as a shared file system may show the ranks different folders.
-        newest = checkpoint.latest_complete(self.run_dir) if ranks.rank == 0 else None
-        self.resumed: Path | None = ranks.gather(newest)[0]
+        self.resumed: Path | None = ranks.first(lambda: newest_checkpoint(self.run_dir))
         self.saved = ranks.together(self._read_saved)
         self.view, self.loader = ranks.together(self._open_data)
         self.sinks: Sinks | None = None
@@ -141,9 +149,11 @@ class Trainer:
                     f"global_batch was {before}, is now {self.config.global_batch}: the samples go "
                     "on where they were, the steps are not those of an unchanged run"
                 )
-        _, incomplete = checkpoint.find_checkpoints(self.run_dir)
-        for folder in incomplete:
-            self.say(f"ignoring {folder}: it is incomplete")
+        found = find_checkpoints(self.run_dir)
+        for folder in found.broken_off:
+            self.say(f"ignoring {folder}: saving it broke off")
+        for folder, damage in found.damaged.items():
+            self.say(f"ignoring {folder}: {damage}")
 
     def _open_run_dir(self) -> None:
         """Record the settings and open the metrics; on rank 0."""
@@ -156,7 +166,7 @@ class Trainer:
         self._say_where()
 
     def _build(self) -> None:
-        """Build model, optimiser and EMA, or restore them; wait for the first batch."""
+        """Build model, optimiser and EMA, or restore them; heed requests to stop from now on."""
         config = self.config
         model = self.ranks.together(lambda: new_model(config, self.view))
         self.say(
@@ -171,16 +181,14 @@ class Trainer:
         self.null_text = self.view.null_text.to(self.ranks.device)
         self.stop = StopRequest(self.run_dir, watch_file=self.ranks.rank == 0)
         self.stop.listen()
-        self.ranks.together(self.loader.wait_step)  # start-up: the meter's clock starts behind it
         self.meter = Meter(self.ranks, config.global_batch)
 
     def _train(self) -> None:
         """Take steps until all are done or the ranks agree to end, then save."""
-        config, verdict = self.config, Verdict.GO
-        while self.step < config.steps:
-            verdict = self._agree()
-            if verdict != Verdict.GO:
-                break
+        config = self.config
+        verdict = self._agree()
+        self.meter.restart()  # what was before is start-up
+        while verdict == Verdict.GO:
             task = task_of_step(config.tasks, config.seed, self.step)
             result = self._train_step(task)
             self.step += 1
@@ -191,26 +199,37 @@ class Trainer:
                 self._report()
             if self.step % config.checkpoint.every_steps == 0:
                 self._save()
+            if self.step == config.steps:
+                break
+            verdict = self._agree()
         self._finish(verdict)
 
     def _agree(self) -> Verdict:
-        """Wait for this rank's part of the next step, then agree with all ranks on what to do.
+        """Wait until all ranks have their part of the next step, or else agree to end.
 
         The only collective call of a step beside DeepSpeed's. A rank that can't read its data, and
-        failed alone, would leave the others waiting for it in the middle of a step.
+        failed alone, would leave the others waiting for it in the middle of a step; one that waits
+        for data that are lost must not keep the others from stopping.
         """
-        mine = Verdict.GO
+        verdict = Verdict.WAIT
+        while verdict == Verdict.WAIT:
+            verdict = self.ranks.agree(self._await_data())
+        return verdict
+
+    def _await_data(self) -> Verdict:
+        """Wait a while for this rank's part of the next step; return what it is for then."""
         try:
             with self.meter.waiting():
-                self.loader.wait_step()
+                is_read = self.loader.wait_step(ASK_EVERY_S)
         except USER_ERRORS as error:
             self.data_error = str(error) or repr(error)
-            mine = Verdict.NO_DATA
-        else:
-            # One step is made in any case, so that a run that is stopped again and again goes on.
-            if self.step > self.first_step and self.stop.is_set():
-                mine = Verdict.STOP
-        return self.ranks.agree(mine)
+            return Verdict.NO_DATA
+        # One step is made if it can be, so that a run that is stopped again and again goes on.
+        is_first = self.step == self.first_step
+        is_late = not is_read and self.meter.waiting_s > FIRST_STEP_S
+        if self.stop.is_set() and (is_late or not is_first):
+            return Verdict.STOP
+        return Verdict.GO if is_read else Verdict.WAIT
 
     def _finish(self, verdict: Verdict) -> None:
         """Report and save what was done since the last time, and say why it ends.
@@ -226,6 +245,8 @@ class Trainer:
             self.say(f"waited for data {self.meter.data_wait:.2%} of the time")
         if verdict == Verdict.NO_DATA:
             failures = one_message(self.ranks.gather(self.data_error))
+            if not self.step:
+                raise AgreedError(failures)
             raise AgreedError(
                 f"the data can't be read any more: {failures}. Step {self.step} of "
                 f"{self.config.steps} is saved in {self.run_dir}: mend the data, and the same "
@@ -275,10 +296,10 @@ class Trainer:
             "layout": self._layout(),
             "programs": program_versions(),
         }
-        folder = checkpoint.checkpoint_folder(self.run_dir, self.step)
+        folder = checkpoint_folder(self.run_dir, self.step)
         checkpoint.save_checkpoint(folder, self.engine, self.ema, self.ranks, state)
         keep_last = self.config.checkpoint.keep_last
-        self.ranks.on_first(lambda: checkpoint.prune(self.run_dir, keep_last))
+        self.ranks.on_first(lambda: prune(self.run_dir, keep_last))
         self.saved_step = self.step
         self.say(f"saved {folder}")
 

@@ -1,6 +1,7 @@
 """What a run must keep to be continued, with the columns that its checkpoint names."""
 
-import dataclasses
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -46,33 +47,65 @@ def test_every_data_set_of_a_mixture_is_described(tmp_path):
     view = open_view(DataConfig(mix=mix, seconds=2, cache_dir=str(tmp_path)))
     data, run = describe_data(config, view), describe_run(config, view)
     assert [part["root"] for part in data["parts"]] == [part.root for part in mix]
-    assert run["view"]["columns"] == {
-        str(number): part["columns"] for number, part in enumerate(data["parts"])
-    }
-    other = {**run, "view": {**run["view"], "columns": {"0": data["parts"][0]["columns"]}}}
+    chosen, found = run["view"]["settings"], run["view"]["data"]
+    for number, part in enumerate(data["parts"]):
+        assert chosen[f"data.mix.{number}.video"] == part["columns"]["video"]
+        assert found[f"data.mix.{number}"]["root"] == part["root"]
     assert differences(run, run) == []
-    assert "view.columns.1 was" in differences(run, other)[0]
 
 
-def test_a_view_that_changed_is_told_by_what_changed(tmp_path):
+@pytest.fixture
+def changing(tmp_path):
+    """A data set with a clip that could not be read, and what describes a run on it."""
+    built = Dataset(tmp_path / "shards", failed={3: "unreadable"}).build()
+
     def described(**settings):
         config = load_train_config(None, [])
-        data = {"root": str(tmp_path / "shards"), "cache_dir": str(tmp_path), "seconds": 2}
-        data |= {"missing": "drop", **settings}
-        return describe_run(config, open_view(DataConfig(**data), "all"))
+        data = {"root": str(built.root), "cache_dir": str(tmp_path), "seconds": 2}
+        view = open_view(DataConfig(**{**data, "missing": "drop", **settings}))
+        return describe_run(config, view)
 
-    built = Dataset(tmp_path / "shards", failed={3: "unreadable"}).build()
+    return built, described
+
+
+def refusal(before, now):
+    with pytest.raises(ResumeError) as caught:
+        check_continues(Path("step_7"), {"run": before, "layout": {}}, now, {})
+    return str(caught.value)
+
+
+def test_settings_that_leave_the_stream_alone_may_change(changing):
+    _, described = changing
+    before, layout = described(), {"run": described(), "layout": {}}
+    assert before == layout["run"]
+    check_continues(Path("step_7"), layout, described(read_threads=3), {})
+    # All pass: the same clips, in the same order.
+    check_continues(Path("step_7"), layout, described(filter='key != ""'), {})
+
+
+def test_a_setting_that_changes_the_stream_is_named_with_both_values(changing):
+    _, described = changing
+    message = refusal(described(), described(seconds=1))
+    assert message == (
+        "step_7 is of another run: data.seconds was 2.0, is now 1.0. Restore the settings to "
+        "continue it, or set another run_dir to start afresh"
+    )
+    filtered = refusal(described(), described(filter='key > "clip00005"'))
+    assert """data.filter was None, is now 'key > "clip00005"'.""" in filtered
+
+
+def test_data_that_were_encoded_further_are_not_called_other_settings(changing):
+    built, described = changing
     before = described()
-    assert differences(before, described(read_threads=3)) == []
-    first, second = differences(before, described(seconds=1))
-    assert first == "view.seconds was 2.0, is now 1.0" and second.startswith("view.view_id was")
-    mended = dataclasses.replace(built, failed={})
+    mended = replace(built, failed={})
     for modality in ("video", "audio"):
-        name = built.spec(modality).directory
-        column = open_column(built.root, name, built.plan.plan_id)
+        column = open_column(built.root, built.spec(modality).directory, built.plan.plan_id)
         (column.path / "000000.json").unlink()
         mended.write_shard(column, 0, "mended")
-    with pytest.raises(ResumeError) as caught:
-        check_continues(tmp_path, {"run": before}, described(), {})
-    assert "view.clips.0 was 39, is now 40" in str(caught.value)
-    assert "view.content.0 was" in str(caught.value) and "encoded again" in str(caught.value)
+    now = described()
+    clips = [each["view"]["data"]["data"]["usable clips"] for each in (before, now)]
+    assert clips[1] == clips[0] + 1
+    message = refusal(before, now)
+    assert f"data.usable clips was {clips[0]}, is now {clips[1]}" in message
+    assert "data.encoded shards was" in message and "encoded further" in message
+    assert "Restore the settings" not in message

@@ -14,12 +14,8 @@ from pipeline.files import write_json
 from pipeline.format import FormatError
 from tests.train.columns import AUDIO_RATE_HZ, VIDEO_RATE_HZ, Dataset
 from train import sample
-from train.checkpoint import (
-    STATE_VERSION,
-    checkpoint_folder,
-    load_model_for_sampling,
-    mark_complete,
-)
+from train.checkpoint import STATE_VERSION, load_model_for_sampling
+from train.checkpoint_folders import checkpoint_folder, mark_complete
 from train.config import load_train_config
 from train.data.drawn import draw
 from train.data.view import open_view

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from tests.pipeline.servers import s3_bucket
 from tests.train.columns import Dataset
 from tests.train.launch import launched, metrics, train
-from train.checkpoint import latest_complete, load_model_for_sampling
+from train.checkpoint import load_model_for_sampling
+from train.checkpoint_folders import newest_checkpoint
 from train.ranks import find_disagreement, one_message
 
 TIMES = ("step_s", "samples_per_s", "data_wait")
@@ -72,7 +73,7 @@ def straight(dataset, tmp_path_factory):
 
 
 def newest(run_dir):
-    folder = latest_complete(run_dir)
+    folder = newest_checkpoint(run_dir)
     assert folder
     return folder
 
@@ -171,6 +172,17 @@ def test_a_run_that_lost_a_shard_and_was_stopped_is_bit_equal_to_a_straight_one(
     assert_same_training(tmp_path, straight)
 
 
+def test_wrong_settings_are_told_once_even_where_the_rank_that_speaks_starts_late(
+    tmp_path, monkeypatch
+):
+    late = "import os, time\nif os.environ.get('LOCAL_RANK') == '0': time.sleep(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    refused = train("optim.lr=fast", num_ranks=2)
+    assert refused.returncode == 1
+    assert refused.stderr.count("train: ") == refused.stderr.count("setting 'optim.lr'") == 1
+
+
 def test_changed_model_is_refused_in_one_line_that_names_the_field(dataset, straight):
     refused = train(*settings(dataset, straight, "model.depth=3"), num_ranks=2)
     assert refused.returncode == 1
@@ -216,6 +228,30 @@ def test_sigterm_to_the_process_group_leaves_a_complete_checkpoint(dataset, tmp_
     assert "by SIGTERM" in errors
     step = int(newest(tmp_path).name.removeprefix("step_"))
     assert step == metrics(tmp_path)[-1]["step"] >= 3
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_lost_data_can_be_stopped_and_is_saved(dataset, tmp_path):
+    arguments = settings(dataset, tmp_path, "data.retry_s=3600", "steps=100000")
+    tar = dataset.column_path("audio") / "000002.tar"
+    away = tar.with_suffix(".away")
+    try:
+        with launched(*arguments, num_ranks=2) as process:
+            await_lines(process, tmp_path, 3)
+            tar.rename(away)
+            while True:  # until the steps end
+                num_lines = len(metrics(tmp_path))
+                time.sleep(3)
+                if len(metrics(tmp_path)) == num_lines:
+                    break
+            (tmp_path / "stop").touch()  # which one of the ranks sees
+            _, errors = process.communicate(timeout=60)
+    finally:
+        away.rename(tar)
+    assert process.returncode == 0, errors
+    step = int(newest(tmp_path).name.removeprefix("step_"))
+    assert step == metrics(tmp_path)[-1]["step"] >= 3
+    assert f"stopped at step {step} of 100000 by the file {tmp_path / 'stop'}" in errors
 
 
 @pytest.mark.slow
