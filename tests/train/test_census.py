@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -463,6 +464,11 @@ def test_folder_of_another_kind_is_refused(tmp_path: Path) -> None:
     folder.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="expected a folder that is yours"):
         views_folder(str(tmp_path))
+
+
+def test_views_are_not_sent_to_other_processes(dataset: Dataset) -> None:
+    with pytest.raises(TypeError, match="open it in the process that uses it"):
+        pickle.dumps(view_of(dataset))
 
 
 def test_long_passes_say_how_far_they_are(

@@ -25,7 +25,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import google_crc32c
 import numpy as np
@@ -228,6 +228,9 @@ class Census:
         self._key_ends = np.concatenate([[0], tables["key_ends"]])
         nbytes = {"codes": num_rows, "text_rows": 8 * num_rows, "keys": int(self._key_ends[-1])}
         self._files = {name: self._open(f"{name}.bin", nbytes[name]) for name in RANGES}
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a view has open files: open it in the process that uses it (open_view)")
 
     def codes(self, shard: int) -> np.ndarray:
         """Return the codes of a shard's clips, uint8 [R]."""
