@@ -58,7 +58,7 @@ def test_memory_of_sizes_that_are_not_used_any_more_is_freed() -> None:
     for size in range(1000, 101_000, 1000):
         tensors = [memory.take((size,)) for _ in range(4)]
         del tensors
-        assert memory.free_bytes <= 2 * 8 * 1.125 * size
+        assert memory.free_bytes <= 2 * 4 * 1.125 * size
     last = memory.take((100_000,))
     assert memory.free_bytes > 0
     assert len(last) == 100_000

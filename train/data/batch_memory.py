@@ -10,7 +10,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-MOST_FREE = 8  # times the largest block: of shapes that no batch has had for long, memory is freed
+MOST_FREE = 4  # times the largest block: of shapes that no batch has had for long, memory is freed
 
 
 class BatchMemory:
