@@ -94,12 +94,17 @@ def set_dotted(cls: type, values: dict[str, Any], text: str) -> None:
 
 
 def section_of(cls: type, names: Sequence[Any]) -> type | None:
-    """Return the settings dataclass that dotted names lead to, or None."""
+    """Return the settings dataclass that dotted names lead to, or None.
+
+    A number among the names is a place in a list of sections.
+    """
     section: Any = cls
     for name in names:
-        inner = typing.get_type_hints(section).get(str(name)) if section else None
-        section = inner if dataclasses.is_dataclass(inner) else None
-    return section
+        if isinstance(name, int):
+            section = next(iter(typing.get_args(section)), None)
+        else:
+            section = typing.get_type_hints(section).get(str(name)) if section else None
+    return section if dataclasses.is_dataclass(section) else None  # pyright: ignore[reportReturnType]
 
 
 def build(cls: type[Settings], values: dict[str, Any], where: str) -> Settings:
@@ -126,10 +131,22 @@ def nearest(cls: type, location: tuple[Any, ...]) -> str:
     """Return "; did you mean …?" for an unknown key, or the known keys of its section."""
     section = section_of(cls, location[:-1])
     known = [field.name for field in dataclasses.fields(section)] if section else []
+    elsewhere = [name for name in dotted_names(cls) if name.split(".")[-1] == str(location[-1])]
     close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    if len(elsewhere) == 1:  # the right name in the wrong place
+        return f"; did you mean {elsewhere[0]!r}?"
     if close:
         return f"; did you mean {'.'.join([*map(str, location[:-1]), close[0]])!r}?"
     return f"; known here: {', '.join(known)}" if known else ""
+
+
+def dotted_names(cls: type, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of all settings, but for those in lists."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            yield from dotted_names(hint, f"{prefix}{name}.")
+        elif name in {field.name for field in dataclasses.fields(cls)}:
+            yield f"{prefix}{name}"
 
 
 def dump(settings: Any) -> str:

@@ -277,3 +277,22 @@ def test_an_explanation_may_take_several_lines_and_is_for_one_setting():
         "first": "a text of two lines, with code.",
         "second": "another.",
     }
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Run:
+    optimizer: Optimizer = Optimizer()
+    stages: tuple[Optimizer, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("override", "offered"),
+    [
+        ("learning_rate=1", "optimizer.learning_rate"),
+        ("stages=[{}, {betsa: 1}]", "stages.1.betas"),
+        ("optimizer.nam=a", "optimizer.name"),
+    ],
+)
+def test_the_right_name_is_offered_in_its_place(override, offered):
+    with pytest.raises(ConfigError, match=f"did you mean '{offered}'"):
+        load(Run, None, [override])
