@@ -280,7 +280,7 @@ def test_an_explanation_may_take_several_lines_and_is_for_one_setting():
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Run:
+class Staged:
     optimizer: Optimizer = Optimizer()
     stages: tuple[Optimizer, ...] = ()
 
@@ -295,4 +295,4 @@ class Run:
 )
 def test_the_right_name_is_offered_in_its_place(override, offered):
     with pytest.raises(ConfigError, match=f"did you mean '{offered}'"):
-        load(Run, None, [override])
+        load(Staged, None, [override])
