@@ -27,7 +27,8 @@ class ShardPlace(NamedTuple):
     Attributes:
         part: number of the data set.
         shard: number of the shard.
-        is_behind: the window that it was in is past, and only rows of a rare shape were left over.
+        is_behind: only a few of its rows are to be read: those of a rare shape, left over from a
+            window that is past, or of a batch larger than what may be ready.
     """
 
     part: int
@@ -57,8 +58,8 @@ class Lookahead(Generic[Ready]):
         stream: the stream.
         start: where it begins.
         prepare: gets a shard ready; called in a thread.
-        num_ahead: shards of one data set that are ready or on their way, at most; those of a batch
-            that was asked for are always.
+        num_ahead: shards of one data set that are ready or on their way, at most; beside those
+            that are behind.
         rows_ahead: rows of batches that wait to be asked for, at most, but for the last.
         num_threads: shards being got ready at once.
     """
@@ -90,7 +91,7 @@ class Lookahead(Generic[Ready]):
         """Return the next global batch; None where it isn't there yet.
 
         Args:
-            is_needed: wait for it, and have its shards made ready however many others are.
+            is_needed: wait for it, and don't have it wait for room.
             timeout_s: seconds to wait; None: as long as it takes.
 
         Raises:
@@ -202,7 +203,9 @@ class Lookahead(Generic[Ready]):
         # Of a shard of which few rows were left over, a new epoch needs all.
         if entry is None or (entry.place.is_behind and not place.is_behind):
             if not place.is_behind:
-                self._changed.wait_for(lambda: self._has_room(place.part))
+                self._changed.wait_for(lambda: self._has_room(place.part) or self._is_urgent())
+                # Of the rest of a batch that can't wait for room, only its rows are read.
+                place = place._replace(is_behind=not self._has_room(place.part))
             entry = self._entries[name] = _Entry(place)
             self._start(entry)
         entry.needed_until = sample
@@ -210,9 +213,10 @@ class Lookahead(Generic[Ready]):
     def _start(self, entry: _Entry[Ready]) -> None:
         self._workers.put(partial(self._make_ready, entry))
 
+    def _is_urgent(self) -> bool:
+        return self._is_closed or (self._is_asked and not self._batches)
+
     def _has_room(self, part: int) -> bool:
-        if self._is_closed or (self._is_asked and not self._batches):
-            return True
         taken = sum(
             entry.place.part == part and not entry.place.is_behind
             for entry in self._entries.values()

@@ -19,10 +19,7 @@ def position(view: View, stream: Stream, cursor: Cursor) -> str:
     """
     batch = next(stream.batches(cursor))
     part = view.parts[batch.part]
-    keys = []
-    for row in batch.rows[:3].tolist():
-        shard = int(part.first_rows.searchsorted(row, side="right")) - 1
-        keys.append(part.shard_rows(shard).keys[row - int(part.first_rows[shard])])
+    keys = part.keys_of(batch.rows[:3].tolist())
     place, now = batch.cursor.places[batch.part], cursor.places[batch.part]
     done = sum(now.consumed) if now.epoch == place.epoch else 0
     of = f" of {part.root}" if len(view.parts) > 1 else ""

@@ -17,6 +17,7 @@ from train.data.captions import Captions
 from train.data.crops import audio_start
 from train.data.lookahead import Lookahead
 from train.data.micro_batch import Draft
+from train.data.order import shards_of
 from train.data.payload import DamagedPayload
 from train.data.ready_shard import ReadyShard
 from train.data.tar_bytes import PatientTar
@@ -75,8 +76,7 @@ class RowReader:
         draft.note_read(end - begin, error)
 
     def _shards_of(self, part: int, rows: np.ndarray) -> list[int]:
-        first_rows = self._view.parts[part].first_rows
-        return (first_rows.searchsorted(rows, side="right") - 1).tolist()
+        return shards_of(self._view.parts[part].first_rows, rows).tolist()
 
     def _substitute(
         self,
