@@ -35,7 +35,8 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
+        # The first tells why: the launcher passes Ctrl-C on as SIGTERM.
+        self.reason = self.reason or signal.Signals(number).name
 
     def is_set(self) -> bool:
         """Return whether a signal came or the stop file is there."""

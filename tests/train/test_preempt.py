@@ -21,6 +21,7 @@ def test_a_signal_requests_a_stop_and_does_not_kill(tmp_path, number):
     assert not stop.is_set()
     os.kill(os.getpid(), number)
     assert stop.is_set()
+    os.kill(os.getpid(), signal.SIGTERM)
     assert stop.reason == signal.Signals(number).name
 
 

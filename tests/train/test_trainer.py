@@ -231,6 +231,24 @@ def test_sigterm_to_the_process_group_leaves_a_complete_checkpoint(dataset, tmp_
 
 
 @pytest.mark.slow
+def test_a_run_whose_newest_checkpoint_is_damaged_says_so_and_removes_nothing(
+    dataset, straight, tmp_path
+):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    state = newest(run_dir) / "state.json"
+    state.write_bytes(state.read_bytes().replace(b'"loader"', b'"Loader"'))
+    before = sorted(run_dir.rglob("*"))
+    refused = train(*settings(dataset, run_dir, "steps=101"), num_ranks=2)
+    assert refused.returncode == 1
+    (message,) = (line for line in refused.stderr.splitlines() if line.startswith("train: "))
+    assert f"{state} has SHA-256" in message
+    assert f"remove {state.parent} to go on from step_00000050" in message
+    assert "Traceback" not in refused.stderr
+    assert sorted(run_dir.rglob("*")) == before
+
+
+@pytest.mark.slow
 def test_a_run_that_waits_for_lost_data_can_be_stopped_and_is_saved(dataset, tmp_path):
     arguments = settings(dataset, tmp_path, "data.retry_s=3600", "steps=100000")
     tar = dataset.column_path("audio") / "000002.tar"
