@@ -30,6 +30,7 @@ from train.schedule import Shape, learning_rate
 
 # The checkout: av-latents is installed editable, so configs/ lies beside this package.
 REPOSITORY = Path(__file__).resolve().parents[1]
+PRESETS = REPOSITORY / "configs" / "model"
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -161,11 +162,15 @@ def read_preset(name: str) -> dict[str, Any]:
     Raises:
         ConfigError: there is no such preset; the message lists those there are.
     """
-    folder = REPOSITORY / "configs" / "model"
-    names = sorted(path.stem for path in folder.glob("*.yaml"))
+    names = preset_names()
     if name not in names:
         raise ConfigError(f"model.preset {name!r} is unknown; there are {', '.join(names)}")
-    return settings.read_yaml(folder / f"{name}.yaml")
+    return settings.read_yaml(PRESETS / f"{name}.yaml")
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets there are."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -178,7 +183,8 @@ def parse(arguments: list[str]) -> TrainConfig:
         prog="deepspeed train/main.py",
         usage="%(prog)s [--config FILE] [key=value ...]",
         description="Train on encoded shards. The same command again continues the run.",
-        epilog="settings and their defaults:\n\n" + settings.describe(TrainConfig()),
+        epilog=f"model.preset={'|'.join(preset_names())} sets the model's size, tiny by default.\n\n"
+        f"settings and their defaults:\n\n{settings.describe(TrainConfig())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -169,6 +169,11 @@ class Trainer:
         """Build model, optimiser and EMA, or restore them; heed requests to stop from now on."""
         config = self.config
         model = self.ranks.together(lambda: new_model(config, self.view))
+        planned = sum(part.census.head.tally.planned for part in self.view.parts)
+        self.say(
+            f"{self.view.num_clips:,} of {planned:,} clips (train.data.inspect says why), "
+            f"{' + '.join(map(str, self.loader.steps_per_epoch))} steps an epoch"
+        )
         self.say(
             f"{describe_model(model, self.view)}, {self.ranks.num_ranks} ranks × "
             f"{config.micro_batch} samples × {self.accumulation} passes a step, {self.precision}, "
