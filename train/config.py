@@ -183,7 +183,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         prog="deepspeed train/main.py",
         usage="%(prog)s [--config FILE] [key=value ...]",
         description="Train on encoded shards. The same command again continues the run.",
-        epilog=f"model.preset={'|'.join(preset_names())} sets the model's size, tiny by default.\n\n"
+        epilog=f"model.preset={'|'.join(preset_names())} sets the model's size (tiny).\n\n"
         f"settings and their defaults:\n\n{settings.describe(TrainConfig())}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
