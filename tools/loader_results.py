@@ -24,7 +24,7 @@ class Result:
 
     Attributes:
         problem: why it could not be measured.
-        idle_mb: memory after imports; ``peak_mb``: the most while it read.
+        idle_mb: memory after imports; ``peak_mb``: the most from then on.
         first_batch_s: from opening to the first batch, warm.
         turns: one for each round, warm.
         cold_turns: the same, cold, each in a fresh process.

@@ -43,8 +43,7 @@ def test_who_works_is_measured_and_who_does_not_is_named(tmp_path, capsys):
         assert len(result.turns) == 2 and not result.cold_turns
         assert all(turn.wall_s > 0 and turn.cpu_s > 0 for turn in result.turns)
         assert result.rows_per_s > 0 and result.rows_per_cpu_s > 0 and result.of_preadv > 0
-        # A page counts in parts for the processes that share it: memory may fall as others come.
-        assert result.first_batch_s > 0 and min(result.idle_mb, result.peak_mb) > 50
+        assert result.first_batch_s > 0 and result.peak_mb >= result.idle_mb > 50
     assert results[-1].of_preadv == 1
     assert list(ratios(results)) == ["webdataset (best shard format)", FOLDER, PREADV]
     print_table([*results, lacking], ROWS.num_rows)
