@@ -40,8 +40,8 @@ GET_TIMEOUT_S = 5.0  # of an object that is there: longer where shared memory wa
 
 # Blocks of 2 MB, such as frames, go back to the system when they are freed; by default glibc raises
 # the limit to their size, and the peak with it. Those that are smaller, such as of sound, are kept,
-# up to 32 MB: else they cost 3,500 page faults a clip, 4 % of its time
-# (tests/pipeline/test_decoder_memory.py prints the peak at 1080p).
+# up to 32 MB: else the system has to clear their pages anew for every clip (a slow test in
+# tests/pipeline/test_decoders.py prints the peak at 1080p).
 DECODER_ENVIRONMENT = {
     "env_vars": {"MALLOC_MMAP_THRESHOLD_": "2097152", "MALLOC_TRIM_THRESHOLD_": "33554432"}
 }
