@@ -2,9 +2,10 @@
 
 All read the same rows of video, audio and text, shuffled, each from the format that its
 documentation advises, and give batches of tensors, pinned on their way to a GPU where there is
-one. Each has a process of its own; they take turns, so that other load on the machine hits all
-alike, of two epochs each, and the second is measured. Before that, every row of an epoch is
-compared with what was written, and every measured epoch must hold every row once.
+one. Each has a process of its own; peers are measured without and with worker processes, ours with
+one and two threads that read. They take turns, so that other load on the machine hits all alike, of
+two epochs each, and the second is measured. Before that, every row of an epoch is compared with
+what was written, and every measured epoch must hold every row once.
 
 warm: the files are in the page cache, as reading leaves them there. cold: they were dropped from
 it before a fresh process reads its first epoch (needs no root; "cached" is the share that stayed).

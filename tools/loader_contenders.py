@@ -28,6 +28,7 @@ def _open_view(job: Job, verify_crc: Literal["first", "always"]) -> Any:
         seconds=job.rows.clip_s,
         heldout_share=0.0,
         verify_crc=verify_crc,
+        read_threads=job.num_workers,
         cache_dir=tempfile.mkdtemp(),
     )
     return open_view(config)
@@ -136,18 +137,18 @@ def open_memcpy(job: Job) -> Epochs:
     return epoch
 
 
-def _columns(open_: Callable[[Job], Epochs]) -> Loader:
-    return Loader("torch", importing("train.data"), write_columns, open_, "columns", (0,))
+def _columns(open_: Callable[[Job], Epochs], *num_workers: int) -> Loader:
+    return Loader("torch", importing("train.data"), write_columns, open_, "columns", num_workers)
 
 
 CONTENDERS = {
-    OURS: _columns(open_ours),
-    FIRST: _columns(open_first),
-    ALWAYS: _columns(open_always),
+    OURS: _columns(open_ours, 1, 2),
+    FIRST: _columns(open_first, 1),
+    ALWAYS: _columns(open_always, 1),
     **SHARD_PEERS,
     FOLDER: FILES,
-    PREADV: _columns(open_preadv),
-    MEMCPY: _columns(open_memcpy),
+    PREADV: _columns(open_preadv, 0),
+    MEMCPY: _columns(open_memcpy, 0),
 }
 
 

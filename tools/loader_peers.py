@@ -35,7 +35,7 @@ class Job:
         rows: the rows.
         folder: where this loader's format of them lies.
         batch: rows of a batch.
-        num_workers: worker processes; 0 reads in the process itself.
+        num_workers: worker processes; 0 reads in the process itself. Of ours, threads that read.
         device: where batches go.
     """
 
@@ -69,7 +69,7 @@ class Loader:
         write: writes the rows into a new folder.
         open: opens what was written.
         data: name of the format, which contenders may share.
-        num_workers: the numbers of worker processes to try.
+        num_workers: the numbers of workers to try.
     """
 
     package: str

@@ -51,8 +51,11 @@ class Result:
 
     @property
     def name(self) -> str:
-        """The contender and its workers."""
-        return self.contender + (f", {self.num_workers} workers" if self.num_workers else "")
+        """The contender and its workers: processes, or of ours threads."""
+        if not self.num_workers:
+            return self.contender
+        kind = "thread" if self.contender.startswith(OURS) else "worker"
+        return f"{self.contender}, {self.num_workers} {kind}{'s' * (self.num_workers > 1)}"
 
 
 def fastest_each(results: Sequence[Result]) -> list[Result]:
@@ -104,17 +107,17 @@ def ratios(results: Sequence[Result]) -> dict[str, float]:
 def print_table(results: Sequence[Result], num_rows: int) -> None:
     """Print what each contender came to."""
     print(
-        f"\n{'':31s} |{'page cache warm':^58s}| cold\n{'':31s} |  rows/s  rows/CPU s"
+        f"\n{'':33s} |{'page cache warm':^58s}| cold\n{'':33s} |  rows/s  rows/CPU s"
         "   (min - max)  of preadv  first s  peak MB |  rows/s  rows/CPU s  first s  cached"
     )
     for result in results:
         if result.problem:
-            print(f"{result.name:31s} | not compared: {result.problem}")
+            print(f"{result.name:33s} | not compared: {result.problem}")
             continue
         rates = [num_rows / turn.cpu_s for turn in result.turns]
         spread = f"({min(rates):.0f} - {max(rates):.0f})"
         line = (
-            f"{result.name:31s} |{result.rows_per_s:8.0f}{result.rows_per_cpu_s:12.0f}{spread:>16s}"
+            f"{result.name:33s} |{result.rows_per_s:8.0f}{result.rows_per_cpu_s:12.0f}{spread:>16s}"
             f"{result.of_preadv:9.2f}{result.first_batch_s:9.3f}{result.peak_mb:9.0f} |"
         )
         if result.cold_turns:

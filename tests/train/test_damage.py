@@ -226,6 +226,22 @@ def test_damaged_payload_never_comes_is_counted_and_logged_once(
     assert caplog.text.count("clip00013") == 1
 
 
+@pytest.mark.parametrize(("verify_crc", "is_found"), [("first", False), ("always", True)])
+def test_payloads_are_checked_when_they_are_first_read_or_always(
+    dataset: Dataset, verify_crc: str, is_found: bool
+) -> None:
+    with loader_of(view_of(dataset, verify_crc=verify_crc)) as loader:
+        for _ in range(CLIPS // GLOBAL_BATCH + 1):
+            next(loader)
+        index, path = column_of(dataset).index(1, 8), column_of(dataset).tar_path(1)
+        with path.open("r+b") as file:  # the file that is open already
+            file.seek(int(index["offset"][5]))
+            file.write(b"\xff\xff")
+        for _ in range(3 * CLIPS // GLOBAL_BATCH):
+            next(loader)
+        assert bool(loader.num_substituted) == is_found
+
+
 def test_neighbours_that_are_damaged_too_are_passed_over(dataset: Dataset) -> None:
     view = view_of(dataset)
     keys = [row[1] for row in global_batches(view, 1)[0]]

@@ -521,7 +521,8 @@ def test_memory_of_batches_let_go_is_used_again(view: View) -> None:
         for batch in itertools.islice(loader, 40):
             places.add(batch.video.data_ptr())
             del batch
-    assert len(places) <= view.config.prefetch_steps + 2
+    # Those read ahead, the one in hand, and those that a thread has filled and is about to let go.
+    assert len(places) <= view.config.prefetch_steps + 1 + view.config.read_threads
 
 
 def test_reading_goes_no_further_ahead_than_asked(view: View) -> None:

@@ -41,19 +41,15 @@ def tar_of(dataset: Dataset, shard: int, retry_s: float = 0.0) -> PatientTar:
     return PatientTar(facts, lambda facts: LocalTar(facts, facts.path), patience)
 
 
-def payloads_of(dataset: Dataset, shard: int, seen: Seen | None = None) -> ShardPayloads:
+def payloads_of(dataset: Dataset, shard: int) -> ShardPayloads:
     keys = [dataset.key(clip) for clip in dataset.shard_clips(shard)]
     index = column_of(dataset).index(shard, len(keys))
-    first_row = shard * dataset.shard_size
-    return ShardPayloads(tar_of(dataset, shard), index, keys, "video", seen, first_row)
+    return ShardPayloads(tar_of(dataset, shard), index, keys, "video")
 
 
 def read(payloads: ShardPayloads, row: int, first: int, num_latents: int) -> np.ndarray:
     out, start = np.empty(num_latents * VIDEO_LATENT_BYTES, np.uint8), first * VIDEO_LATENT_BYTES
-    if (offset := payloads.checked_offset(row)) is None:
-        payloads.read_checked(row, start, out)
-    else:
-        payloads.tar.read_into(out, offset + start)
+    payloads.read_checked(row, start, out)
     return out.view(np.float16).reshape(num_latents, 2, 3, 3)
 
 
@@ -71,10 +67,8 @@ def test_any_span_is_that_of_the_clip(whole: Dataset, row: int, data: st.DataObj
     shard = data.draw(st.sampled_from([0, 2]))
     first = data.draw(st.integers(0, 39))
     length = data.draw(st.integers(1, 40 - first))
-    payloads = payloads_of(whole, shard, data.draw(st.sampled_from([None, Seen(40)])))
     expected = whole.video(shard * 8 + row)[first : first + length]
-    for _ in range(2):  # checked, and not any more
-        np.testing.assert_array_equal(read(payloads, row, first, length), expected)
+    np.testing.assert_array_equal(read(payloads_of(whole, shard), row, first, length), expected)
 
 
 def test_single_row_is_read_with_its_shape(whole: Dataset) -> None:
@@ -90,7 +84,7 @@ def test_single_row_is_read_with_its_shape(whole: Dataset) -> None:
 
 
 def test_threads_share_payloads(whole: Dataset) -> None:
-    payloads, wrong = payloads_of(whole, 2, Seen(40)), []
+    payloads, wrong = payloads_of(whole, 2), []
 
     def work() -> None:
         for turn in range(200):
@@ -128,29 +122,11 @@ def test_flipped_bit_is_found_wherever_it_is_even_outside_the_crop(
     path = column.tar_path(1)
     last = int(index["offset"][5] + index["nbytes"][5]) - 1
     change(path, last, bytes([path.read_bytes()[last] ^ 64]))
-    payloads = payloads_of(dataset, 1, Seen(16))
+    payloads = payloads_of(dataset, 1)
     pattern = rf"{path} row 5 \(clip00013\): crc32c is [0-9a-f]{{8}}, expected [0-9a-f]{{8}}; mend"
-    for _ in range(2):  # what is damaged is never marked as seen
-        with pytest.raises(DamagedPayload, match=pattern):
-            read(payloads, 5, 0, length)
+    with pytest.raises(DamagedPayload, match=pattern):
+        read(payloads, 5, 0, length)
     np.testing.assert_array_equal(read(payloads, 4, 0, length), dataset.video(12)[:length])
-
-
-@pytest.mark.parametrize(("seen", "is_found"), [(Seen(16), False), (None, True)])
-def test_rows_are_checked_once_or_always(
-    dataset: Dataset, seen: Seen | None, is_found: bool
-) -> None:
-    payloads = payloads_of(dataset, 0, seen)
-    read(payloads, 2, 0, 40)
-    offset = int(column_of(dataset).index(0, 8)["offset"][2])
-    with column_of(dataset).tar_path(0).open("r+b") as file:  # the file that is open already
-        file.seek(offset)
-        file.write(b"\xff\xff")
-    if not is_found:
-        read(payloads, 2, 0, 40)
-        return
-    with pytest.raises(DamagedPayload):
-        read(payloads, 2, 0, 40)
 
 
 def test_tar_of_another_shard_is_told_from_a_damaged_one(dataset: Dataset) -> None:
@@ -186,7 +162,7 @@ def test_tar_of_another_size_is_named_when_it_is_opened(dataset: Dataset) -> Non
 
 
 def test_tar_cut_while_it_is_open_is_named(dataset: Dataset) -> None:
-    payloads, path = payloads_of(dataset, 0, Seen(16)), column_of(dataset).tar_path(0)
+    payloads, path = payloads_of(dataset, 0), column_of(dataset).tar_path(0)
     read(payloads, 7, 0, 40)
     end = int(column_of(dataset).index(0, 8)["offset"][7]) + 100
     with path.open("r+b") as file:
@@ -215,7 +191,7 @@ def test_tar_that_comes_back_in_time_is_read(dataset: Dataset) -> None:
 
 
 def test_stale_handle_is_opened_anew(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    payloads, failures = payloads_of(dataset, 0, Seen(16)), []
+    payloads, failures = payloads_of(dataset, 0), []
     payloads.tar = tar_of(dataset, 0, retry_s=60)
     read(payloads, 1, 0, 40)
     whole = LocalTar.read_into

@@ -37,9 +37,9 @@ class BatchMemory:
         num_values = math.prod(shape)
         block = self._used_again(_size_class(num_values))
         # All tensors over the block hold this array, so it dies with the last of them.
-        lent = block[:num_values]
+        lent = block[:num_values].reshape(shape)
         weakref.finalize(lent, self._give_back, block)
-        return torch.from_numpy(lent).view(shape)
+        return torch.from_numpy(lent)
 
     @property
     def free_bytes(self) -> int:

@@ -159,14 +159,14 @@ class Drafting:
         text, text_mask = self._pad(draft.captions)
         first_sample = draft.batch.first_sample + draft.first
         return LatentBatch(
-            samples=torch.arange(first_sample, first_sample + draft.size),
+            samples=torch.from_numpy(np.arange(first_sample, first_sample + draft.size)),
             keys=tuple(draft.keys),
             bucket=draft.batch.bucket,
             video=draft.latents["video"],
             audio=draft.latents["audio"],
             has_video=torch.from_numpy(draft.has["video"]),
             has_audio=torch.from_numpy(draft.has["audio"]),
-            video_start_s=torch.zeros(draft.size),
+            video_start_s=torch.from_numpy(np.zeros(draft.size, np.float32)),
             audio_start_s=torch.from_numpy(draft.audio_start_s),
             text=text,
             text_mask=text_mask,

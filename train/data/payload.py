@@ -54,36 +54,19 @@ _SCRATCH = _Scratch()
 
 
 class ShardPayloads:
-    """The arrays of one shard in one column, and which of them were checked. Safe in threads.
+    """The arrays of one shard in one column. Safe in threads.
 
     Args:
         tar: the shard's.
         index: ``INDEX_DTYPE`` [R].
         keys: of the R rows.
         modality: of the column.
-        seen: rows of the data set that were checked; None: all are checked whenever they are read.
-        first_row: number of the shard's first row, in ``seen``.
     """
 
     def __init__(
-        self,
-        tar: PatientTar,
-        index: np.ndarray,
-        keys: Sequence[str],
-        modality: str,
-        seen: Seen | None,
-        first_row: int,
+        self, tar: PatientTar, index: np.ndarray, keys: Sequence[str], modality: str
     ) -> None:
         self.tar, self._index, self._keys, self._modality = tar, index, keys, modality
-        self._seen, self._first_row = seen, first_row
-        # Views: to pick a number from one takes a tenth of the time that a record takes.
-        self._offset, self._nbytes = index["offset"], index["nbytes"]
-
-    def checked_offset(self, row: int) -> int | None:
-        """Return where a row's array lies in the tar, None while it has to be checked."""
-        if self._seen is None or self._first_row + row not in self._seen:
-            return None
-        return self._offset.item(row)
 
     def read_checked(self, row: int, start: int, out: np.ndarray) -> None:
         """Read a row's whole array, check it, and fill ``out`` with its bytes from ``start`` on.
@@ -92,18 +75,16 @@ class ShardPayloads:
             DamagedPayload: the crc32c is wrong.
             FormatError: the tar is missing, cut short, or another shard's.
         """
-        nbytes = self._nbytes.item(row)
+        nbytes = int(self._index["nbytes"][row])
         if nbytes == len(out):
             self._read_whole(row, out)
         else:
             whole = _SCRATCH.take(nbytes)
             self._read_whole(row, whole)
             out[:] = whole[start:][: len(out)]
-        if self._seen is not None:
-            self._seen.add(self._first_row + row)
 
     def _read_whole(self, row: int, whole: np.ndarray) -> None:
-        self.tar.read_into(whole, self._offset.item(row))
+        self.tar.read_into(whole, int(self._index["offset"][row]))
         expected, name = int(self._index["crc32c"][row]), f"row {row} ({self._keys[row]})"
         try:
             check_crc(whole, expected, self.tar.facts, name)

@@ -15,12 +15,18 @@ from train.data.captions import Captions
 from train.data.classes import CLIP_MODALITIES
 from train.data.crops import num_starts
 from train.data.lookahead import ShardPlace
-from train.data.part import Part, ShardRows
-from train.data.payload import DamagedPayload, Seen, ShardPayloads
+from train.data.part import ShardRows
+from train.data.payload import DamagedPayload, ShardPayloads
 from train.data.retry import Patience
 from train.data.shard_files import TarStore
 from train.data.tar_bytes import PatientTar, RemoteTar, Tar, TarFacts
 from train.data.view import View
+
+NOT_THERE = -1  # in place of where an array begins
+
+# What reading a clip needs; to pick it out of arrays takes several times as long: its key, row of
+# its caption, latents of video that a crop may start at, where its video and audio begin in tars.
+ReadyRow = tuple[str, int, int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,21 +35,15 @@ class ReadyShard:
 
     Attributes:
         first_row: number of its first row in the data set.
-        keys: of the R clips.
-        text_rows: int64 [R], rows of their captions.
-        num_starts: int64 [R], latents of video that a crop may start at.
+        rows: of the R clips.
         num_latents: by modality, int64 [R].
-        has: by modality, bool [R].
         payloads: by modality.
         texts: tars of captions that are kept open with it.
     """
 
     first_row: int
-    keys: Sequence[str]
-    text_rows: np.ndarray
-    num_starts: np.ndarray
+    rows: Sequence[ReadyRow]
     num_latents: dict[str, np.ndarray]
-    has: dict[str, np.ndarray]
     payloads: dict[str, ShardPayloads]
     texts: list[PatientTar]
 
@@ -72,7 +72,6 @@ class ShardPreparer:
         self._room = CacheRoom(view, tars.cache_bytes, num_ahead)
         columns = [part.opened[name] for part in view.parts for name in CLIP_MODALITIES]
         self._is_croppable = all(column.spec.croppable for column in columns)
-        self._seen: list[dict[str, Seen | None]] = [self._new_seen(part) for part in view.parts]
 
     def prepare(self, place: ShardPlace) -> ReadyShard:
         """Get a shard ready: of a remote data set, tars are copied unless few rows are read.
@@ -96,13 +95,15 @@ class ShardPreparer:
         starts = np.ones(len(rows.keys), np.int64)
         if self._is_croppable:
             starts = num_starts(self._view.video, self._view.audio, num_latents, rows.has)
+        video, audio = (
+            np.where(rows.has[name], rows.index[name]["offset"].astype(np.int64), NOT_THERE)
+            for name in CLIP_MODALITIES
+        )
+        numbers = (values.tolist() for values in (rows.text_rows, starts, video, audio))
         return ReadyShard(
             first_row=int(part.first_rows[shard]),
-            keys=rows.keys,
-            text_rows=rows.text_rows,
-            num_starts=starts,
+            rows=list(zip(rows.keys, *numbers, strict=True)),
             num_latents=num_latents,
-            has=rows.has,
             payloads=payloads,
             texts=texts,
         )
@@ -123,11 +124,6 @@ class ShardPreparer:
                 captions.read(row)
         return [captions.copy(tar) for tar in tars]
 
-    def _new_seen(self, part: Part) -> dict[str, Seen | None]:
-        if self._view.config.verify_crc == "always":
-            return dict.fromkeys(CLIP_MODALITIES)
-        return {name: Seen(int(part.first_rows[-1])) for name in CLIP_MODALITIES}
-
     def _payloads(
         self, number: int, rows: ShardRows, name: str, open_tar: Callable[[TarFacts], Tar]
     ) -> ShardPayloads:
@@ -140,11 +136,4 @@ class ShardPreparer:
             repair=repair(column, rows.shard),
         )
         tar = PatientTar(facts, open_tar, self._patience)
-        return ShardPayloads(
-            tar,
-            index=rows.index[name],
-            keys=rows.keys,
-            modality=name,
-            seen=self._seen[number][name],
-            first_row=int(part.first_rows[rows.shard]),
-        )
+        return ShardPayloads(tar, index=rows.index[name], keys=rows.keys, modality=name)

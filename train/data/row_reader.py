@@ -18,8 +18,8 @@ from train.data.crops import audio_start
 from train.data.lookahead import Lookahead
 from train.data.micro_batch import Draft
 from train.data.order import shards_of
-from train.data.payload import DamagedPayload
-from train.data.ready_shard import ReadyShard
+from train.data.payload import DamagedPayload, Seen
+from train.data.ready_shard import NOT_THERE, ReadyShard
 from train.data.tar_bytes import PatientTar
 from train.data.view import View
 from train.rng import uniform
@@ -44,6 +44,7 @@ class RowReader:
     def __init__(self, view: View, seed: int, captions: Sequence[Captions]) -> None:
         self._view, self._seed, self._captions = view, seed, captions
         self._video, self._audio = view.video, view.audio
+        self._seen = [self._new_seen(int(part.first_rows[-1])) for part in view.parts]
         self._damaged: set[tuple[int, int]] = set()  # by data set and row
         self._told: set[str] = set()
         self._noting = threading.Lock()
@@ -74,6 +75,9 @@ class RowReader:
         except BaseException as raised:
             error = raised
         draft.note_read(end - begin, error)
+
+    def _new_seen(self, num_rows: int) -> Seen | None:
+        return None if self._view.config.verify_crc == "always" else Seen(num_rows)
 
     def _shards_of(self, part: int, rows: np.ndarray) -> list[int]:
         return shards_of(self._view.parts[part].first_rows, rows).tolist()
@@ -117,31 +121,34 @@ class RowReader:
         self, draft: Draft, place: int, row: int, shard: ReadyShard, reads: list[Read]
     ) -> None:
         """Fill one sample with a row; what is known to be sound is only noted in ``reads``."""
-        row -= shard.first_row
-        caption = self._captions[draft.batch.part].read(shard.text_rows.item(row))
+        part, in_shard = draft.batch.part, row - shard.first_row
+        draft.keys[place], caption, num_starts, video, audio = shard.rows[in_shard]
+        draft.captions[place] = self._captions[part].read(caption)
         video_first = audio_first = 0
-        if (starts := shard.num_starts.item(row)) > 1:
+        if num_starts > 1:
             sample = draft.batch.first_sample + draft.first + place
-            video_first = int(uniform(self._seed, "crop", sample) * starts)
+            video_first = int(uniform(self._seed, "crop", sample) * num_starts)
             audio_first = audio_start(self._video, self._audio, video_first)
-            if shard.has["audio"].item(row):
-                last = shard.num_latents["audio"].item(row) - self._audio.shape[0]
+            if audio != NOT_THERE:
+                last = shard.num_latents["audio"].item(in_shard) - self._audio.shape[0]
                 audio_first = min(audio_first, last)
             draft.audio_start_s[place] = (
                 audio_first / self._audio.rate_hz - video_first / self._video.rate_hz
             )
-        for name, first in (("video", video_first), ("audio", audio_first)):
+        seen = self._seen[part]
+        is_sound = seen is not None and row in seen
+        for name, first, offset in (("video", video_first, video), ("audio", audio_first, audio)):
             out, payloads = draft.rows_of[name][place], shard.payloads[name]
-            if not shard.has[name].item(row):
+            start = first * draft.latent_bytes[name]
+            if offset == NOT_THERE:
                 draft.has[name][place] = False
                 out[:] = 0
-                continue
-            start = first * draft.latent_bytes[name]
-            if (offset := payloads.checked_offset(row)) is None:
-                payloads.read_checked(row, start, out)
-            else:
+            elif is_sound:
                 reads.append((payloads.tar, out, offset + start))
-        draft.keys[place], draft.captions[place] = shard.keys[row], caption
+            else:
+                payloads.read_checked(in_shard, start, out)
+        if seen is not None and not is_sound:
+            seen.add(row)
 
     def _note(self, clip: tuple[int, int], damage: DamagedPayload) -> None:
         """Count a damaged clip, and log what is damaged of it, once each.
