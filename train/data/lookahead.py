@@ -166,10 +166,13 @@ class Lookahead(Generic[Ready]):
     def _walk(self, start: Cursor) -> None:
         try:
             for batch in self._stream.batches(start):
-                places = self._places_of(batch)
+                shards, clip, met = self._stream.shards_of(batch), *self._met_before(batch)
                 with self._changed:
-                    for place in places:
-                        self._ask(place, batch.first_sample)
+                    for shard in shards:
+                        # Those not needed for two windows of clips are behind.
+                        is_behind = clip - met.get(shard, clip) > self._rows_ahead
+                        self._ask(batch.part, shard, is_behind, batch.first_sample)
+                        met[shard] = clip
                     if self._is_closed:
                         return
                     self._batches.append(batch)
@@ -182,31 +185,23 @@ class Lookahead(Generic[Ready]):
                 self._error = error
                 self._changed.notify_all()
 
-    def _places_of(self, batch: GlobalBatch) -> list[ShardPlace]:
-        """Return the shards of a batch; those not needed for two windows of clips are behind."""
+    def _met_before(self, batch: GlobalBatch) -> tuple[int, dict[int, int]]:
+        """Return the clip of the epoch behind a batch, and that at which each shard was needed."""
         part, now = batch.part, batch.cursor.places[batch.part]
         if self._met.get(part, (-1,))[0] != now.epoch:
             self._met[part] = (now.epoch, {})
-        clip, met, places = sum(now.consumed), self._met[part][1], []
-        for shard in self._stream.shards_of(batch):
-            entry = self._entries.get((part, shard))
-            is_open = entry is not None and not entry.place.is_behind
-            is_behind = not is_open and clip - met.get(shard, clip) > self._rows_ahead
-            places.append(ShardPlace(part, shard, is_behind))
-            met[shard] = clip
-        return places
+        return sum(now.consumed), self._met[part][1]
 
-    def _ask(self, place: ShardPlace, sample: int) -> None:
+    def _ask(self, part: int, shard: int, is_behind: bool, sample: int) -> None:
         """Note that a batch needs a shard, once there is room for it."""
-        name = (place.part, place.shard)
-        entry = self._entries.get(name)
+        entry = self._entries.get((part, shard))
         # Of a shard of which few rows were left over, a new epoch needs all.
-        if entry is None or (entry.place.is_behind and not place.is_behind):
-            if not place.is_behind:
-                self._changed.wait_for(lambda: self._has_room(place.part) or self._is_urgent())
+        if entry is None or (entry.place.is_behind and not is_behind):
+            if not is_behind:
+                self._changed.wait_for(lambda: self._has_room(part) or self._is_urgent())
                 # Of the rest of a batch that can't wait for room, only its rows are read.
-                place = place._replace(is_behind=not self._has_room(place.part))
-            entry = self._entries[name] = _Entry(place)
+                is_behind = not self._has_room(part)
+            entry = self._entries[part, shard] = _Entry(ShardPlace(part, shard, is_behind))
             self._start(entry)
         entry.needed_until = sample
 
