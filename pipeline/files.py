@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,25 @@ def scan(folder: Path) -> list[Any]:
         return remote.scan()
     with os.scandir(folder) as entries:
         return list(entries)
+
+
+def read_file(path: Path) -> bytes:
+    """Return all bytes of a file; raises as ``check_plain``, and OSError if it can't be read."""
+    check_plain(path)
+    return path.read_bytes()
+
+
+def check_plain(path: Path) -> None:
+    """Refuse a local file that has no end or may have no writer: opening it could wait for ever.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError: it is a pipe, a socket or a device.
+    """
+    if is_local(path):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, reading says so itself
+            raise OSError(errno.EINVAL, "a pipe or device, expected a plain file", str(path))
 
 
 def read_range(path: Path, start: int, nbytes: int) -> bytes:

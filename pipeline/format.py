@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.files import scan, write_json
+from pipeline.files import read_file, scan, write_json
 from pipeline.npy import parse_table
 
 FORMAT_VERSION = 1
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FormatError: the file is missing, or does not hold a JSON object.
     """
     try:
-        return _parse_json(path, path.read_bytes())
+        return _parse_json(path, read_file(path))
     except FileNotFoundError:
         raise FormatError(f"{path} is missing; is {path.parent} a data set?") from None
 
@@ -240,7 +240,7 @@ class Column:
         """
         path = self.path / f"{shard_name(shard)}.json"
         try:
-            record = _parse_json(path, path.read_bytes())
+            record = _parse_json(path, read_file(path))
         except FileNotFoundError:
             return None
         for name, expected in (("plan_id", self.plan_id), ("column", self.path.name)):
@@ -265,7 +265,7 @@ class Column:
         record = self.committed(shard)
         path = self.path / record["index"]
         try:
-            data = path.read_bytes()
+            data = read_file(path)
         except OSError as error:
             raise FormatError(f"{path} can't be read ({error}); encode the shard again") from None
         return self.parse_index(path, data, num_rows, record["tar_bytes"])

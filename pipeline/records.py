@@ -17,7 +17,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from pipeline import format as fmt
-from pipeline.files import map_ahead
+from pipeline.files import map_ahead, read_file
 
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 Crc = Annotated[int, Field(strict=True, ge=0, lt=2**32)]
@@ -214,7 +214,7 @@ def read_index(column: fmt.Column, shard: int, record: CommitRecord) -> np.ndarr
     """
     path = column.path / record.index
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         raise fmt.FormatError(
             f"{path} is missing though committed; {repair(column, shard)}"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
-from pipeline.files import is_local, write_atomically, writing
+from pipeline.files import check_plain, is_local, write_atomically, writing
 
 # Makes its functions when it is imported, unseen by type checkers.
 pc: Any = pyarrow.compute
@@ -26,6 +26,7 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         FileNotFoundError, OSError, pa.ArrowException: it is not there, or can't be read.
     """
+    check_plain(path)
     source: Any = path if is_local(path) else pa.BufferReader(path.read_bytes())
     wanted = list(columns) if columns is not None else None
     return pq.read_table(source, columns=wanted, page_checksum_verification=True)
@@ -37,6 +38,7 @@ def open_parquet(path: Path) -> pq.ParquetFile:
     Raises:
         FileNotFoundError, OSError, pa.ArrowException: it is not there, or is no table.
     """
+    check_plain(path)
     source = path if is_local(path) else path.open("rb")
     return pq.ParquetFile(source, page_checksum_verification=True)
 

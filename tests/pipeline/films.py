@@ -7,7 +7,9 @@ without loss: neither the code under test nor a filter of FFmpeg takes part in t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -159,7 +161,7 @@ def record(
         picture: None for none; ``sound`` likewise.
         options: of the muxer.
     """
-    with av.open(str(path), "w", options=options or {}) as target:
+    with _own_priority(), av.open(str(path), "w", options=options or {}) as target:
         packets = _video_packets(target, picture) if picture else []
         sounds = _audio_packets(target, sound) if sound else []
         if path.suffix == ".avi":
@@ -168,6 +170,18 @@ def record(
         packets = sorted(packets + sounds, key=lambda packet: packet.dts * packet.time_base)
         for packet in packets:
             target.mux(packet)
+
+
+@contextmanager
+def _own_priority() -> Iterator[None]:
+    """Undo what SVT-AV1 does for root: the thread that encodes, and all that it starts later, would
+    run at real-time priority, before everything else on the machine.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def _start_at_zero(packets: list[Any]) -> None:

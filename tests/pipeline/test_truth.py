@@ -6,6 +6,7 @@ tried further in ``test_truth_sound``, colour and geometry in ``test_truth_pictu
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from fractions import Fraction
 
@@ -296,6 +297,12 @@ def test_both_end_where_the_first_ends(rendered, suffix, seconds, sound_s):
     assert decoded.sound.shape == (1, round(length_s * RATE))
     assert_picture_true(film, decoded, 0.0, length_s, SETTINGS)
     assert_sound_true(film, decoded, 0.0, length_s, SETTINGS)
+
+
+def test_recording_leaves_the_priority_of_the_tests_alone(tmp_path):
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    films.record(tmp_path / "a.mp4", AV1, None)
+    assert (os.sched_getscheduler(0), os.sched_getparam(0)) == before
 
 
 # -- decord

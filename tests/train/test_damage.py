@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -183,6 +184,29 @@ def test_damage_after_the_view_was_opened_is_named_at_every_call(
                 next(loader)
         assert loader.state_dict() == state
     assert not (column.path / "trap").exists()
+
+
+FILES = ("plan.json", "plan.parquet", "column.json", "000001.json", "index", "tar")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", FILES)
+def test_pipe_in_place_of_a_file_is_named_and_waited_for_by_nobody(
+    dataset: Dataset, name: str, when: str
+) -> None:
+    column = column_of(dataset)
+    record = column.committed(1)
+    path = column.path / record.get(name, name)
+    if name.startswith("plan"):
+        path = dataset.root / name
+    view = view_of(dataset) if when == "after" else None
+    path.unlink()
+    os.mkfifo(path)
+    if when == "after" and name in ("plan.json", "plan.parquet", "column.json"):
+        assert len(read_epochs(view)[0]) == 8  # they were read when the view was opened
+        return
+    with pytest.raises((FormatError, OSError), match=path.name):
+        read_epochs(view or view_of(dataset))
 
 
 # -- damage inside of payloads

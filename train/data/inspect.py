@@ -31,7 +31,7 @@ from train.objective.tasks import TASKS
 
 BATCHES_SHOWN = 3
 KEYS_SHOWN = 3
-CHANNELS_SHOWN = 8  # more are summed up
+CHANNELS_SHOWN, CHANNELS_PER_LINE = 32, 8  # more are summed up
 
 
 def main() -> None:
@@ -218,7 +218,7 @@ def as_text(found: dict[str, Any]) -> str:
         lines.append(f"bucket {number:<14}{shapes}: {counted(bucket['clips'], 'clip')}{size}")
     size = found["global_batch"]
     for number, part in enumerate(found["parts"]):
-        which = f" of data set {number}" if number else ""
+        which = f" of data set {number}" if len(found["parts"]) > 1 else ""
         steps = counted(part["steps_per_epoch"], "step")
         lines.append(f"an epoch             {steps} of {counted(size, 'clip')}{which}")
     for number, batch in enumerate(found["batches"]):
@@ -257,10 +257,12 @@ def statistic_lines(name: str, found: dict[str, Any]) -> list[str]:
     for what in ("mean", "std"):
         values = found[what]
         if len(values) <= CHANNELS_SHOWN:
-            text = " ".join(f"{value:9.4g}" for value in values)
+            starts = range(0, len(values), CHANNELS_PER_LINE)
+            rows = [values[start : start + CHANNELS_PER_LINE] for start in starts]
+            texts = [" ".join(f"{value:9.4g}" for value in row) for row in rows]
         else:
-            text = f"from {min(values):.4g} to {max(values):.4g}, {fmean(values):.4g} on average"
-        lines.append(f"  {what:<19}{text}")
+            texts = [f"from {min(values):.4g} to {max(values):.4g}, {fmean(values):.4g} on average"]
+        lines += [f"  {what if text is texts[0] else '':<19}{text}" for text in texts]
     return lines
 
 

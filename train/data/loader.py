@@ -213,6 +213,7 @@ class LatentLoader:
 
         Raises:
             ResumeError: the state is of another stream, or damaged; names what differs.
+            FormatError: as ``position``, which is logged.
         """
         if not isinstance(state, dict):
             raise ResumeError(f"the saved state is {state!r:.80}, expected what state_dict() gave")
@@ -239,7 +240,7 @@ class LatentLoader:
         """Return where the stream is, for people: epoch, clip within it and the next keys.
 
         Raises:
-            FormatError, OSError: the shards of the next batch can't be read.
+            FormatError: the census was damaged meanwhile.
         """
         return position(self._view, self._stream, self._cursor)
 
@@ -259,14 +260,14 @@ class LatentLoader:
         pending, begin, is_read = self._pending, time.monotonic(), False
         if not self._closing.is_set():
             self._read_ahead(is_needed=True, timeout_s=timeout_s)
-            if len(pending) < num_drafts and self._failure is not None:
-                for draft in pending:
-                    draft.wait()
-                raise self._failure
-            is_read = len(pending) >= num_drafts
+            is_read = True
             for draft in itertools.islice(pending, num_drafts):
                 left_s = timeout_s and max(0.0, begin + timeout_s - time.monotonic())
                 is_read = is_read and draft.wait(left_s)
+            if is_read and len(pending) < num_drafts:
+                if self._failure is not None:  # behind what could be read
+                    raise self._failure
+                is_read = False
         if self._closing.is_set():
             raise LoaderClosed("the loader was closed")
         return pending if is_read else None

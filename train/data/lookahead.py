@@ -33,7 +33,7 @@ class ShardPlace(NamedTuple):
 
     part: int
     shard: int
-    is_behind: bool = False
+    is_behind: bool
 
 
 class _Entry(Generic[Ready]):
@@ -105,14 +105,13 @@ class Lookahead(Generic[Ready]):
                 self._changed.wait_for(
                     lambda: self._batches or self._error or self._is_closed, timeout_s
                 )
-                self._is_asked = False
             if self._is_closed:
                 raise LoaderClosed("the loader was closed")
             if not self._batches:
                 if self._error:
                     raise self._error
                 return None
-            batch = self._batches.popleft()
+            batch, self._is_asked = self._batches.popleft(), False
             # Half of them at a time, so that the threads change places rarely.
             if self._is_full and 2 * len(self._batches) * len(batch.rows) <= self._rows_ahead:
                 self._is_full = False
@@ -166,7 +165,8 @@ class Lookahead(Generic[Ready]):
     def _walk(self, start: Cursor) -> None:
         try:
             for batch in self._stream.batches(start):
-                shards, clip, met = self._stream.shards_of(batch), *self._met_before(batch)
+                shards = self._stream.shards_of(batch)
+                clip, met = self._met_before(batch)
                 with self._changed:
                     for shard in shards:
                         # Those not needed for two windows of clips are behind.

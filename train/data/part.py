@@ -178,14 +178,14 @@ class Part:
         return rows
 
     def keys_of(self, rows: Sequence[int]) -> list[str]:
-        """Return the keys of rows, whose shards are read.
+        """Return the keys of rows, by the census: no shard is read.
 
         Raises:
-            FormatError, MissingFileError, OSError: as ``shard_rows``.
+            FormatError: the census was damaged meanwhile.
         """
         shards = shards_of(self.first_rows, rows).tolist()
         return [
-            self.shard_rows(shard).keys[row - int(self.first_rows[shard])]
+            self.census.keys(shard)[row - int(self.first_rows[shard])]
             for row, shard in zip(rows, shards, strict=True)
         ]
 

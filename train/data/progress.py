@@ -15,7 +15,7 @@ def position(view: View, stream: Stream, cursor: Cursor) -> str:
     """Return where a stream is: the epoch, the clip within it, and the next keys.
 
     Raises:
-        FormatError, OSError: the shards of the next batch can't be read.
+        FormatError: the census was damaged meanwhile.
     """
     batch = next(stream.batches(cursor))
     part = view.parts[batch.part]

@@ -36,14 +36,14 @@ class ReadyShard:
     Attributes:
         first_row: number of its first row in the data set.
         rows: of the R clips.
-        num_latents: by modality, int64 [R].
+        audio_latents: int64 [R], how many each has.
         payloads: by modality.
         texts: tars of captions that are kept open with it.
     """
 
     first_row: int
     rows: Sequence[ReadyRow]
-    num_latents: dict[str, np.ndarray]
+    audio_latents: np.ndarray
     payloads: dict[str, ShardPayloads]
     texts: list[PatientTar]
 
@@ -103,7 +103,7 @@ class ShardPreparer:
         return ReadyShard(
             first_row=int(part.first_rows[shard]),
             rows=list(zip(rows.keys, *numbers, strict=True)),
-            num_latents=num_latents,
+            audio_latents=num_latents["audio"],
             payloads=payloads,
             texts=texts,
         )

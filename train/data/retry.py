@@ -49,6 +49,8 @@ class Patience:
                     raise LoaderClosed from None
                 if time.monotonic() >= give_up:
                     reason = error.strerror or error
+                    if error.filename and str(error.filename) != str(what):
+                        reason = f"{error.filename}: {reason}"
                     raise FormatError(
                         f"{what} can't be read ({reason}), tried for data.retry_s={self._retry_s:g}"
                         " s; are disk and network there? Put the file back, or remove the commit "

@@ -130,7 +130,7 @@ class RowReader:
             video_first = int(uniform(self._seed, "crop", sample) * num_starts)
             audio_first = audio_start(self._video, self._audio, video_first)
             if audio != NOT_THERE:
-                last = shard.num_latents["audio"].item(in_shard) - self._audio.shape[0]
+                last = shard.audio_latents.item(in_shard) - self._audio.shape[0]
                 audio_first = min(audio_first, last)
             draft.audio_start_s[place] = (
                 audio_first / self._audio.rate_hz - video_first / self._video.rate_hz

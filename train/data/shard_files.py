@@ -1,7 +1,8 @@
 """Tars of shards as open local files: themselves, or copies in the node's cache.
 
 A remote tar is copied whole, by one process of the node, and checked against the commit record
-while its bytes come; a copy stays for as long as it is open. A killed download leaves nothing.
+while its bytes come. A copy stays at least for as long as it is open, then until its room is
+needed. What a killed download leaves goes when its shard, or room, is next asked for.
 """
 
 from __future__ import annotations

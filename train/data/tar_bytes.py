@@ -59,7 +59,8 @@ class LocalTar:
     ) -> None:
         self.facts = facts
         self._hold, self._descriptor = hold, -1
-        self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        # Of a pipe in its place it would wait for a writer, without O_NONBLOCK.
+        self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         found = os.fstat(self._descriptor).st_size
         if found != facts.nbytes:
             raise FormatError(
