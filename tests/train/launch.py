@@ -50,8 +50,14 @@ def spawn(function: Callable[..., None], num_ranks: int, *arguments: Any) -> Non
 def _as_rank(
     rank: int, num_ranks: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    from train.engine import leave_ranks
+
     os.environ.update(rank_environment(rank, num_ranks, port))
     function(*arguments)
+    leave_ranks()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as train/main.py ends: threads of gloo may abort the interpreter's teardown
 
 
 @contextmanager
