@@ -193,7 +193,9 @@ def check_plain(path: Path) -> None:
     if is_local(path):
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # of a folder, reading says so itself
-            raise OSError(errno.EINVAL, "a pipe or device, expected a plain file", str(path))
+            raise OSError(
+                errno.EINVAL, "a pipe or device, expected a plain file: put that back", str(path)
+            )
 
 
 def read_range(path: Path, start: int, nbytes: int) -> bytes:

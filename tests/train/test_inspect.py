@@ -157,3 +157,11 @@ def test_errors_are_one_line_and_exit_status_1(call, tmp_path):
         with pytest.raises(SystemExit, match=expected) as ended:
             call(*arguments, **({"data": data} if data else {}))
         assert "\n" not in str(ended.value.code)
+
+
+def test_channels_are_printed_one_by_one_up_to_a_limit():
+    found = {"mean": [float(n) for n in range(10)], "std": [1.0] * 33, "rate_hz": 4.0, "axes": []}
+    _, first, second, last = inspect.statistic_lines("video", found)
+    assert first.split() == ["mean", *"01234567"]
+    assert second.split() == ["8", "9"]
+    assert last.split("std")[1].strip() == "from 1 to 1, 1 on average"

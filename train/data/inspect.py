@@ -262,7 +262,7 @@ def statistic_lines(name: str, found: dict[str, Any]) -> list[str]:
             texts = [" ".join(f"{value:9.4g}" for value in row) for row in rows]
         else:
             texts = [f"from {min(values):.4g} to {max(values):.4g}, {fmean(values):.4g} on average"]
-        lines += [f"  {what if text is texts[0] else '':<19}{text}" for text in texts]
+        lines += [f"  {'' if row else what:<19}{text}" for row, text in enumerate(texts)]
     return lines
 
 
